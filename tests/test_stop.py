@@ -179,7 +179,7 @@ def test_a_request_that_a_killed_driver_has_not_met_is_met_when_the_sweep_is_res
     cut = experiment_of(copy)
     broken = OptunaSearcher(space(stopping="none"), copy / "study.journal", folder=copy / "trials")
     broken.remaining()
-    broken.end_early(0)
+    broken.end_early(0, {})
     broken.close()
     resumed(cut).close()
     assert read_record(copy / "trials" / names[0]).status == "stopped"

@@ -105,6 +105,7 @@ def explain_verb(args: Namespace) -> int:
 def _describe(space: "Space") -> Sentences:
     """Yield what is searched, for all objectives and for each, line by line."""
     from tfkd_ray.space.relate import warm_points
+    from tfkd_ray.verdict.limits import limits_text
 
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
     search, epochs = space.search, space.epochs
@@ -125,6 +126,8 @@ def _describe(space: "Space") -> Sentences:
     yield from wrapped(
         f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
     )
+    if search.constraints:
+        yield from wrapped(f"constraints on the best trial: {limits_text(search.limits)}")
     yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
     for point in warm_points(space):
         yield from wrapped(f"tried first: {point.objective}: {point.origin}")
@@ -218,7 +221,7 @@ def best_verb(args: Namespace) -> int:
     if len(plan.metrics) > 1:
         from tfkd_ray.store.experiment import pareto
 
-        front = pareto(records, plan.metrics)
+        front = pareto(records, plan.metrics, plan.limits)
         if not front:
             raise ConfigError(
                 f"no trial of full length has a value of {' and of '.join(plan.metrics)}",

@@ -191,7 +191,7 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     records = read_records(experiment)
     count = Counter(record.status for record in records)
     _print_counts(records, count, experiment)
-    winner = best(records, space.search.metric)
+    winner = best(records, space.search.metric, space.search.limits)
     if winner is None:
         begun = (
             "no trial of full length yet" if records else "no trial had begun when the sweep ended"
@@ -240,14 +240,20 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.store.experiment import best, pareto
+    from tfkd_ray.verdict.limits import is_feasible, limits_text
 
-    metric = space.search.metric
+    metric, limits = space.search.metric, space.search.limits
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
+    if limits and is_feasible(limits, winner.last):
+        print(f"  it meets the constraints: {limits_text(limits)}")
+    elif limits:
+        print(f"  no trial of full length meets the constraints: {limits_text(limits)};")
+        print("  it is the best of those that do not")
     for key, value in winner.parameters.items():
         shown = f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
         print(f"  {key:<34} {shown}")
     for name in ("ce", "lsr"):
-        rival = best([r for r in records if r.objective == name], metric)
+        rival = best([r for r in records if r.objective == name], metric, limits)
         if rival is not None and rival is not winner:
             print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
     ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
@@ -256,6 +262,6 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     if space.search.more_metrics:
         metrics = space.search.metrics
         print(f"\nnone is better in all of {', '.join(metrics)} than:")
-        for record in pareto(records, metrics):
+        for record in pareto(records, metrics, limits):
             values = ", ".join(f"{metric} {record.last[metric]:.6g}" for metric in metrics)
             print(f"  {record.name:<24} {values}")

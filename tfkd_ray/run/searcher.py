@@ -64,6 +64,7 @@ from tfkd_ray.store.experiment import (
     damaged,
     parse_json,
 )
+from tfkd_ray.verdict.limits import excesses
 
 STARTUP = 10
 """Maximum number of random proposals before a model starts; fewer in a small study."""
@@ -289,7 +290,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             name=name,
             epochs=config.epochs,
             parameters=values,
-            metrics=self.space.search.metrics,
+            metrics=self.space.search.measured,
             directory=None if self.folder is None else self.folder / name,
             more=self.place,
         )
@@ -315,9 +316,23 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if failed or not (result or live.reported):
             self._fail(live, failed or "ended without a result")
         elif result and self._is_whole(live, result):
+            self._limit(live.trial, result)
             self._tell_values(live, {m: result.get(m) for m in self.space.search.metrics})
         else:
+            self._limit(live.trial, result)
             live.tell(state=TrialState.PRUNED)
+
+    def _limit(self, trial: Trial, metrics: Values) -> None:
+        """Tell the study by how much a trial that ends exceeds its constraints."""
+        limits = self.space.search.limits
+        if not metrics or not limits:
+            return
+        known = _trials(trial.study)[
+            trial.number
+        ].constraints  # of a driver that was killed just then
+        for name, excess in excesses(limits, metrics).items():
+            if name not in known:
+                trial.set_constraint(name, excess)
 
     def _fail(self, live: _Live, reason: str) -> None:
         live.trial.set_user_attr("reason", reason)
@@ -469,6 +484,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
         for prior in priors:
             about = {"params": prior.params, "distributions": prior.distributions}
+            about["constraints"] = excesses(self.space.search.limits, prior.metrics)
             _add_once(studies[prior.group], prior.origin, values=prior.values, **about)
 
     def add_evaluated_point(
@@ -489,6 +505,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             pruned: it was stopped early.
             intermediate_values: after epochs 1, 2, ...
         """
+        if self.space.search.constraints:
+            raise ConfigError(
+                "add_evaluated_point: the space has constraints, and the point no values of their metrics; leave it out"
+            )
         group, objective, values = point_in(self.space, parameters, whole=True)
         params, distributions = as_asked(group, objective, values)
         told = list(value) if isinstance(value, list | tuple) else [value]
@@ -524,12 +544,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if len(told) != len(metrics) or not all(is_number(v) for v in told):
             raise ConfigError(f"add_evaluated_point: a number for each of {metrics}, got {value!r}")
 
-    def end_early(self, number: int) -> None:
-        """Record an unfinished trial of an earlier session as stopped; it is not proposed again."""
+    def end_early(self, number: int, metrics: Values) -> None:
+        """Record an unfinished trial of an earlier session as stopped; it is not proposed again.
+
+        Args:
+            metrics: those of its last epoch.
+        """
         studies = self._open()
         known = self._started.pop(number, None)
         if known is not None:
             study = studies[self._group_of[number]]
+            self._limit(self._again(study, known), metrics)
             study.tell(known, state=TrialState.PRUNED, skip_if_finished=True)
             self._todo.remove(number)
 
@@ -1077,6 +1102,7 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
                     distributions=distributions,
                     user_attrs=trial.user_attrs,
                     intermediate_values=trial.intermediate_values,
+                    constraints=trial.constraints,
                 )
                 copies.append((trial.user_attrs.get("number", -1), place[0].name, copied))
     for name in optuna.study.get_all_study_names(storage=old.optuna_storage()):

@@ -124,7 +124,7 @@ def end_stopped(experiment: Experiment, searcher: OptunaSearcher) -> None:
         if record.status in ("running", "interrupted"):
             if not record.metrics:
                 continue
-            searcher.end_early(record.number)
+            searcher.end_early(record.number, record.last)
             reason = f"{BY_COMMAND} after epoch {record.last['epoch']:.0f}"
             write_record(replace(record, status="stopped", reason=reason))
         storage.withdraw(name, asked)

@@ -16,6 +16,7 @@ from tfkd_ray.show.status import ExperimentPlan, read_lasts
 from tfkd_ray.space.ranges import Choices, Range
 from tfkd_ray.space.space import Parameter, Space, build_space
 from tfkd_ray.store.experiment import Record, pareto, ranked_trials, read_metrics
+from tfkd_ray.verdict.limits import Limits
 from tfkd_ray.verdict.scores import score_of
 
 MAX_CURVES = 200
@@ -61,7 +62,12 @@ class Sweep:
 
     def ranked(self, records: Sequence[Record]) -> list[Record]:
         """Return the trials of full length with a value, best first."""
-        return ranked_trials(records, self.metric)
+        return ranked_trials(records, self.metric, self.limits)
+
+    @property
+    def limits(self) -> Limits:
+        """Constraints that the best trial should meet."""
+        return self.space.search.limits
 
     def colour(self, objective: str) -> str:
         return COLOURS[list(self.plan.rows).index(objective) % len(COLOURS)]
@@ -364,7 +370,7 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
 def pareto_section(sweep: Sweep) -> Figure:
     searched = sweep.space.search.metrics
     first, *others = searched if len(searched) > 1 else ("val_accuracy", "val_nll")
-    front = pareto(sweep.full, searched) if len(searched) > 1 else []
+    front = pareto(sweep.full, searched, sweep.limits) if len(searched) > 1 else []
     panels = []
     for other in others:
         lasts = (record.last for record in sweep.full)

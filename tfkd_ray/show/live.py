@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from tfkd_ray.space.search_config import SearchConfig
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import FULL_LENGTH, STOPPED_BY, read_record, read_records
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import feasible_first, met_text
 
 REFRESH_S = 0.25
 NODES_S = 5
@@ -61,6 +62,8 @@ class _Run:
     status: str = "running"
     value: float = math.nan
     images_per_s: float = 0.0
+    last: Values = field(default_factory=dict)
+    """Metrics of its last epoch."""
 
 
 def _latest(rows: list[str], runs: Sequence[_Run], most: int) -> list[str]:
@@ -138,6 +141,7 @@ class Progress(OwnCallback):
                     record.status,
                     _number_cell(last, self._metric),
                 )
+                run.last = last
                 self._runs[record.name] = run
         if self._console.is_jupyter:
             self._cell = _Cell()
@@ -170,6 +174,7 @@ class Progress(OwnCallback):
         row = assignment.arm or str(own_code.shown_name(trial.config["objective"]))
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
         run.epoch, run.value = int(last.get("epoch", 0)), _number_cell(last, self._metric)
+        run.last = last
         self._runs[run.name] = run
         if not self._epochs:
             self._epochs.append(time.monotonic())
@@ -179,6 +184,7 @@ class Progress(OwnCallback):
         run = self._run_of(trial)
         if run is not None:
             run.epoch, run.value = epoch, _number_cell(metrics, self._metric)
+            run.last = {name: metrics[name] for name in self._plan.limits if name in metrics}
             run.images_per_s = _number_cell(metrics, "images_per_s")
             self._epochs.append(time.monotonic())
 
@@ -346,7 +352,8 @@ class Progress(OwnCallback):
 
     def _best_of(self, runs: Sequence[_Run]) -> _Run | None:
         full = [run for run in runs if run.status == "done"]
-        return next(iter(scores.ranked(full, self._metric, lambda run: run.value)), None)
+        ranked = scores.ranked(full, self._metric, lambda run: run.value)
+        return next(iter(feasible_first(ranked, self._plan.limits, lambda run: run.last)), None)
 
     def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
         """Return lines on the best trial of a sweep and its parameters."""
@@ -358,9 +365,10 @@ class Progress(OwnCallback):
             f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {in_yaml(v)}"
             for k, v in short.items()
         )
-        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (
-            f": {values}" if values else ""
-        )
+        limited = met_text(self._plan.limits, winner.last)
+        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}"
+        text += f", {limited}" if limited else ""
+        text += f": {values}" if values else ""
         return textwrap.wrap(
             text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ..."
         )

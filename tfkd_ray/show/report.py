@@ -66,6 +66,7 @@ from tfkd_ray.store.experiment import (
     read_judged,
     write_output,
 )
+from tfkd_ray.verdict.limits import is_feasible, limits_text, met_text
 from tfkd_ray.verdict.scores import score_of
 
 MAX_FAILURES = 50
@@ -171,6 +172,12 @@ def _not_a_verdict(sweep: Sweep) -> str:
     first, *rest = sweep.ranked(sweep.full)
     ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
+    if sweep.limits:
+        shared += (
+            f" Constraints: {limits_text(sweep.limits)}; it {met_text(sweep.limits, first.last)}."
+        )
+        if not is_feasible(sweep.limits, first.last):
+            shared += " No trial of full length meets them: it is the best of those that do not."
     return (
         f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} "
         f"This is not a verdict: it is the best of {n} on validation, and {LUCK}. "
@@ -196,6 +203,8 @@ def _best_table(sweep: Sweep) -> str:
             [record.objective + part, record.name, trial_value(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
              settings, _equivalence(record)]
         )  # fmt: skip
+        if sweep.limits:
+            rows[-1].append(met_text(sweep.limits, record.last))
     none = [o for o in sweep.plan.rows if not sweep.full_of(o)]
     text = f"<p>No trial of full length yet: {escaped(', '.join(none))}.</p>" if none else ""
     if not rows:
@@ -209,6 +218,8 @@ def _best_table(sweep: Sweep) -> str:
         "searched settings",
         "its loss",
     ]
+    if sweep.limits:
+        head.append(f"constraints: {limits_text(sweep.limits)}")
     start = (
         "<p>The best trial of each objective, by its value after the last epoch; trials that were stopped early cannot "
         "be best.</p>"

@@ -49,6 +49,14 @@ from tfkd_ray.store.experiment import (
     trial_folders,
 )
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import (
+    NO_LIMITS,
+    Limits,
+    as_limits,
+    is_feasible,
+    limits_text,
+    met_text,
+)
 
 QUIET_S = 600.0
 """Seconds without a changed file after which a sweep on another host counts as ended."""
@@ -87,6 +95,13 @@ class ExperimentPlan:
         """Metrics that the sweep optimises, the leading one first."""
         more = self.about["space"]["search"].get("more_metrics", []) if self.kind == "sweep" else []
         return [self.metric, *more] if self.metric else []
+
+    @property
+    def limits(self) -> Limits:
+        """Constraints that the best trial should meet."""
+        if self.kind != "sweep":
+            return NO_LIMITS
+        return as_limits(self.about["space"]["search"].get("constraints"))
 
     @property
     def mode(self) -> str:
@@ -143,6 +158,7 @@ def read_plan(experiment: Path) -> ExperimentPlan:
         metric = scores.score_of(str(search["metric"])).key
         samples = search["num_samples"]
         trials = None if samples is None else int(samples)
+        as_limits(search.get("constraints"))  # raises here, where damage is told
         return ExperimentPlan("sweep", str(about["created"]), rows, trials, metric, about)
 
 
@@ -310,7 +326,9 @@ def status(experiment: Path) -> Tree:
     trials        planned (null: until a budget is spent), started, and the number running, done (full length),
                   stopped (early), failed, interrupted
     rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
-    best          trial, objective, value, and how many trials share the value; null before one is of full length
+    constraints   of a sweep: in words; empty without any
+    best          trial, objective, value, how many trials share the value, and whether it meets the constraints
+                  (`feasible`); null before a trial is of full length
     baselines     the best of ce and of lsr, if they are searched
     verdict       of a comparison: its sentences, one for each student; empty before it is judged
     epochs        done, planned (all trials of full length; null: until a budget is spent)
@@ -357,6 +375,7 @@ def status(experiment: Path) -> Tree:
             **{s: counts[s] for s in STATUSES},
         },
         "rows": rows,
+        "constraints": limits_text(plan.limits),
         "best": _best_trials(records, plan),
         "baselines": {name: rows[name]["best"] for name in BASELINES if sweep and name in rows},
         "verdict": verdict or [],
@@ -427,7 +446,7 @@ def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
             "a comparison of arms has no best trial; its verdict is in confirm.json", experiment
         )
     records = read_lasts(experiment)
-    winner = best(records, plan.metric)
+    winner = best(records, plan.metric, plan.limits)
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
     return winner, plan
@@ -440,10 +459,12 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
     trials    number of trials begun
     best      trial, objective, values by metric, parameters, config: of the best trial; with
               several metrics, of each trial that no other beats in all of them, the best in the
-              first metric first
+              first metric first; `feasible`: whether it meets the constraints
+    constraints   of the space, in words; empty without any
     """
     return {
         "metrics": plan.metrics,
+        "constraints": limits_text(plan.limits),
         "trials": trials,
         "best": [
             {
@@ -452,6 +473,8 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
                 "values": {m: r.last[m] for m in plan.metrics},
                 "parameters": r.parameters,
                 "config": r.config,
+                "feasible": is_feasible(plan.limits, r.last),
+                "limited": met_text(plan.limits, r.last),
             }
             for r in front
         ],
@@ -461,10 +484,18 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
 def best_lines(found: Tree, experiment: Path) -> list[str]:
     """Return the result of `front_of` as lines; with several metrics as a table."""
     metrics, best = found["metrics"], found["best"]
+    limited = []
+    if found["constraints"]:
+        limited.append(f"constraints: {found['constraints']}; it {best[0]['limited']}")
+        if not best[0]["feasible"]:
+            limited.append(
+                "no trial of full length meets them: it is the best of those that do not"
+            )
     if len(metrics) == 1:
         value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
         return [
-            f"{best[0]['trial']} of {_shown_name(experiment)}: {value}, the best of {found['trials']} on validation"
+            f"{best[0]['trial']} of {_shown_name(experiment)}: {value}, the best of {found['trials']} on validation",
+            *limited,
         ]
     title = (
         f"{_shown_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats "
@@ -474,7 +505,7 @@ def best_lines(found: Tree, experiment: Path) -> list[str]:
         values = (_front_value(entry["values"][metric]) for metric in metrics)
         rows.append("\t".join([on_one_line(entry["trial"]), *values]))
     lines = [f"{title}on validation in all of", *in_columns(rows, TERMINAL_WIDTH)]
-    return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
+    return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}", *limited]
 
 
 def _front_value(value: float) -> str:
@@ -506,7 +537,7 @@ def cut_short(text: str) -> str:
 def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
     if plan.metric is None:
         return None
-    judged = ranked_trials(records, plan.metric)
+    judged = ranked_trials(records, plan.metric, plan.limits)
     if not judged:
         return None
     winner, value = judged[0], judged[0].last[plan.metric]
@@ -516,6 +547,7 @@ def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None
         "objective": winner.objective,
         "value": value,
         "shared_by": shared,
+        "feasible": is_feasible(plan.limits, winner.last),
     }
 
 
@@ -664,6 +696,9 @@ def _best_trial_lines(found: Tree) -> Sentences:
     if best:
         ties = f", shared by {best['shared_by']} trials" if best["shared_by"] > 1 else ""
         yield f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}"
+        if found["constraints"]:
+            meets = "meets" if best["feasible"] else "no trial meets"
+            yield f"{meets} the constraints: {found['constraints']}"
         for name, rival in found["baselines"].items():
             if rival is not None and rival["trial"] != best["trial"]:
                 yield f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}"

@@ -43,9 +43,11 @@ from tfkd_ray.store.experiment import (
     ranked_trials,
     read_experiment,
     read_records,
+    selection_limits,
     selection_metric,
 )
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import feasible_first, is_feasible, limits_text, met_text
 from tfkd_ray.verdict.scores import Selectable
 from tfkd_ray.verdict.seed_plan import SeedPlan
 
@@ -362,6 +364,7 @@ def arms_of(
     """
     winners = _candidates(experiment, top_k)
     first, metric = winners[0], selection_metric(experiment)
+    limits = selection_limits(experiment)
     arms: list[Tree] = []
     for winner in winners:
         arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
@@ -373,9 +376,15 @@ def arms_of(
             raise ConfigError(
                 f"no full-length trial of the baseline {name}; tune it first", experiment
             )
-        rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
+        ranked = scores.ranked(found, metric, lambda record: record.last[metric])
+        rival = feasible_first(ranked, limits, lambda record: record.last)[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
+    if limits and not is_feasible(limits, first.last):
+        notes.append(
+            f"No trial of the sweep meets its constraints ({limits_text(limits)}): {first.name} "
+            f"{met_text(limits, first.last)}."
+        )
     best_run = validated(TrainConfig, arms[0]["config"])
     weight = best_run.ce_share
     if weight is None and "scaled" in rivals:
@@ -444,7 +453,8 @@ def _tuned_for_old_code(changed: str) -> str:
 
 def _full(experiment: Path) -> list[Record]:
     """Return the full-length trials, best first."""
-    return ranked_trials(read_records(experiment), selection_metric(experiment))
+    metric, limits = selection_metric(experiment), selection_limits(experiment)
+    return ranked_trials(read_records(experiment), metric, limits)
 
 
 def _candidates(experiment: Path, top_k: int) -> list[Record]:

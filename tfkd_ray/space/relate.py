@@ -19,6 +19,7 @@ from tfkd_ray.space.ranges import Choices, Path_, Range
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path, share_of
 from tfkd_ray.store.experiment import as_number
+from tfkd_ray.verdict.limits import limits_text
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -123,6 +124,10 @@ def not_superset(old: Space, new: Space) -> list[str]:
     if old.search.metrics != new.search.metrics:
         problems.append(
             f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it"
+        )
+    if old.search.limits != new.search.limits:
+        problems.append(
+            f"search.constraints: were {limits_text(old.search.limits) or 'none'}, and trials were judged by them"
         )
     for was in old.branches:
         if was.objective in branches:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -16,9 +16,10 @@ from pydantic import (
 )
 
 from tfkd_ray.learn.optimizers import Count, Positive
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.settings.schema import Settings, name_alone, tag
+from tfkd_ray.verdict.limits import Limits
 from tfkd_ray.verdict.scores import Searchable, SearchableBeside, score_of
 
 
@@ -34,6 +35,8 @@ class _Sampler(Settings):
     """True if it can optimise several metrics."""
     priors: ClassVar[bool] = True
     """True if results of earlier experiments help it."""
+    constrained: ClassVar[bool] = False
+    """True if it learns which trials meet constraints."""
     full_length_only: ClassVar[bool] = False
     """True if it needs every trial to run its full length."""
     needs: ClassVar[str | None] = None
@@ -47,6 +50,7 @@ class Tpe(_Sampler):
     """Tree-structured Parzen estimators: models where good trials are, stopped ones included."""
 
     together = True
+    constrained = True
     name: Literal["tpe"] = "tpe"
     startup: Count | None = None
     """Proposals before the model is used; quasi-random if an objective has its own sampler and no
@@ -61,6 +65,7 @@ class Tpe(_Sampler):
 class Gp(_Sampler):
     """A Gaussian process with log expected improvement. It learns from full-length trials only."""
 
+    constrained = True
     name: Literal["gp"] = "gp"
     startup: Count | None = None
     """Proposals before the model is used, as in tpe."""
@@ -229,6 +234,25 @@ def _storage_url(url: str | None) -> str | None:
     return url
 
 
+class Limit(Settings):
+    """Limits of a metric, both ends included."""
+
+    low: float | None = None
+    """Least value that meets the constraint. None: no lower limit."""
+    high: float | None = None
+    """Greatest value that meets the constraint. None: no upper limit."""
+
+    @model_validator(mode="after")
+    def _is_a_limit(self) -> Self:
+        if self.low is None and self.high is None:
+            raise ValueError("needs a limit, {high: 0.05}, {low: 0.9} or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(
+                f"low must not be above high, got low {self.low:g}, high {self.high:g}"
+            )
+        return self
+
+
 class SearchConfig(Settings):
     """Search settings: number of trials, sampler, stopping, budgets and storage."""
 
@@ -260,6 +284,9 @@ class SearchConfig(Settings):
     more_metrics: tuple[SearchableBeside, ...] = ()
     """The other metrics of a list given as `metric`; also `parameters`, the number of the student's
     weights, minimised."""
+    constraints: dict[str, Limit] = {}
+    """Limits of metrics that the best trial should meet, such as {parameters: {high: 2e6}, val_ece:
+    {high: 0.05}}. The sampler learns which trials meet them (tpe, gp)."""
     max_concurrent: Count | None = None
     """Concurrent trials. None: as many as fit on the cluster."""
     max_failures: Annotated[int, Field(ge=0)] = 2
@@ -297,6 +324,17 @@ class SearchConfig(Settings):
                 raise ValueError(f"number {number} needs settings (key: value), got {point!r}")
         return given
 
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _constraints_are_of_metrics(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"limits by metric, {{val_ece: {{high: 0.05}}}}, got {given!r}")
+        known = get_args(SearchableBeside)
+        for name in given:
+            if name not in known:
+                raise ValueError(f"no metric {name!r}; {did_you_mean(str(name), known)}")
+        return given
+
     @model_validator(mode="before")
     @classmethod
     def _metrics_as_a_list(cls, tree: Any) -> Any:
@@ -320,6 +358,16 @@ class SearchConfig(Settings):
     def metrics(self) -> tuple[str, ...]:
         """Return all optimised metrics; usually one."""
         return (self.metric, *self.more_metrics)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Return all metrics that every trial must report: those optimised, and those limited."""
+        return tuple(dict.fromkeys((*self.metrics, *self.constraints)))
+
+    @property
+    def limits(self) -> Limits:
+        """Return the constraints as plain numbers."""
+        return {name: limit.tree for name, limit in self.constraints.items()}
 
     @property
     def most_trials(self) -> int:

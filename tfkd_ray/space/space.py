@@ -54,6 +54,7 @@ from tfkd_ray.space.search_config import (
     SearchConfig,
     Stopping,
 )
+from tfkd_ray.verdict.limits import impossible
 from tfkd_ray.verdict.scores import OF_AVERAGE, score_of
 
 Within = tuple[str, Any]
@@ -660,15 +661,27 @@ def _sampler_has_several_metrics(space: Searched) -> Sentences:
 
 
 def _parameters_differ(space: Searched) -> Sentences:
-    """Reject the number of parameters as a metric if all students have the same."""
-    searched = any(p.path[0] == "student" for p in space.parameters)
-    if "parameters" in space.search.more_metrics and not searched:
-        yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
+    """Reject the number of parameters as a metric or constraint if all students have the same."""
+    search, searched = space.search, any(p.path[0] == "student" for p in space.parameters)
+    for field, names in (
+        ("more_metrics", search.more_metrics),
+        ("constraints", search.constraints),
+    ):
+        if "parameters" in names and not searched:
+            yield f"{field}: parameters are the same in all trials where the student is fixed; search it, or leave them"
+
+
+def _constraints_can_be_met(space: Searched) -> Sentences:
+    """Reject constraints that no trial meets, or that the sampler cannot learn."""
+    sampler, search = space.sampler, space.search
+    if search.constraints and not sampler.constrained:
+        yield f"constraints: {sampler} does not learn which trials meet them; use tpe or gp"
+    yield from impossible(search.limits)
 
 
 def _averages_are_there(space: Space) -> Sentences:
     """Reject a metric of averaged weights where trials have none."""
-    of_average = [metric for metric in space.search.metrics if metric in OF_AVERAGE]
+    of_average = [metric for metric in space.search.measured if metric in OF_AVERAGE]
     if of_average and not all(map(_averages, space.branches)):
         yield (
             f"search.metric: {of_average[0]} is of averaged weights, and not all trials have ema; set it, such as ema: "
@@ -770,6 +783,7 @@ SEARCH_RULES = (
     _gp_can_list_values,
     _sampler_has_several_metrics,
     _parameters_differ,
+    _constraints_can_be_met,
     _stopping_judges_by_one_metric,
     _generations_are_whole,
     _halving_stops_trials,
