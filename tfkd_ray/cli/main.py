@@ -307,7 +307,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument(
         "--space",
         metavar="FILE",
-        help="continue in a wider space, which must contain every trial of this one",
+        help="continue in a wider or narrower space; trials outside of it stay on record",
     )
     _flag(sub, "--retry-failed", "retry the failed trials (a comparison always retries them)")
     _budgets(sub)

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ray.tune.utils import flatten_dict
 from sqlalchemy.exc import OperationalError
 
 from tfkd_ray.learn import teachers
+from tfkd_ray.learn.checkpoint import BEFORE, LAST
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.dataset import forget_loaded, seal_test_split
 from tfkd_ray.run.callbacks import (
@@ -47,7 +49,13 @@ from tfkd_ray.run.connect import (
 from tfkd_ray.run.epochs import check_data_here
 from tfkd_ray.run.nodes import check_shared
 from tfkd_ray.run.priors import prior_trials
-from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping, copy_trials, take_saved_journal
+from tfkd_ray.run.searcher import (
+    OptunaSearcher,
+    StudyStopping,
+    copy_trials,
+    outside_of,
+    take_saved_journal,
+)
 from tfkd_ray.run.stops import Stops, drop_stop, end_stopped
 from tfkd_ray.run.studies import (
     close_storage,
@@ -64,7 +72,7 @@ from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
-from tfkd_ray.space.relate import not_superset
+from tfkd_ray.space.relate import not_comparable, not_superset
 from tfkd_ray.space.search_config import Asha, SearchConfig, more_samples
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digest
 from tfkd_ray.store.assignment import assigned
@@ -74,9 +82,11 @@ from tfkd_ray.store.experiment import (
     gone_trials,
     is_begun,
     read_experiment,
+    read_record,
     read_records,
     trials_folder,
     write_experiment,
+    write_record,
 )
 from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
 
@@ -214,7 +224,8 @@ def resume_tuner(
         time_budget_s: a new budget, which starts from zero; likewise `gpu_hours`, `cpu_hours` and
             `max_failed_trials`. None: continue the remaining budget.
         priors: more earlier experiments for the sampler.
-        space: a wider space to continue in, which contains every trial of the experiment.
+        space: a wider or narrower space to continue in. Trials of the experiment that lie outside
+            stay on record, and do not guide the search; some must lie inside.
         study_storage: the study storage's URL, if it has moved or TFKD_STORAGE lacks its password.
         on_budget: called with a sentence if a budget ends the sweep.
         on_note: as for `build_tuner`.
@@ -256,6 +267,8 @@ def resume_tuner(
         _check_unchanged(old, searcher)
         _check_all_there(searcher, experiment)
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
+        if new.search.study != old.search.study:
+            _check_some_inside(searcher, new, experiment, say)
         earlier = prior_trials(new, priors)
         spent = spent_so_far(experiment, workers=workers_of(old.tree))
         spent["max_failed_trials"] = (
@@ -285,6 +298,7 @@ def resume_tuner(
         ):
             about["space"] = new.tree
             write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
+        _end_outside(searcher, experiment)
         train_teachers(new.teacher_runs(), storage, on_teacher, on_note=on_note)
         ray_configs = tune.TuneConfig(), tune.RunConfig()
         end_stopped(found, searcher)
@@ -382,13 +396,48 @@ def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
         raise ConfigError(message, experiment)
 
 
+def _check_some_inside(searcher: OptunaSearcher, space: Space, experiment: Path, say: Say) -> None:
+    """Refuse a space that leaves out all trials; say how many a narrower one leaves out."""
+    inside, outside = outside_of(searcher, space)
+    if not outside:
+        return
+    many = len(inside) + len(outside)
+    if not inside:
+        why = Counter(difference for told in outside.values() for difference in told)
+        raise ConfigError(
+            [
+                f"none of its {many} trials lies in the new space; begin a new experiment there: tfkd tune",
+                *(difference for difference, _ in why.most_common(3)),
+            ],
+            experiment,
+        )
+    say(
+        f"{len(outside)} of {many} trials lie outside of the new space: they stay on record, and do not guide the "
+        "search"
+    )
+
+
+def _end_outside(searcher: OptunaSearcher, experiment: Path) -> None:
+    """Note the end of unfinished trials that the space leaves out: they are not resumed."""
+    for name in searcher.outside().values():
+        folder = trials_folder(experiment) / name
+        if not (folder / "trial.json").is_file():
+            continue
+        record = read_record(folder)
+        if record.status in ("running", "interrupted"):
+            reason = "outside of the narrower space in which the sweep was resumed"
+            write_record(replace(record, status="stopped", reason=reason))
+            for state in (LAST, BEFORE):
+                (folder / state).unlink(missing_ok=True)
+
+
 def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
-    """Return a wider space with the old one's storage and new names for its studies."""
+    """Return a wider or narrower space with the old one's storage and new names for its studies."""
     if new.example.data.digest is None:
         new = with_digest(new, old.example.data.digest)
-    problems = not_superset(old, new)
+    problems = not_comparable(old, new)
     if problems:
-        message = "an experiment is resumed in its own space, or in one that contains all of it"
+        message = "an experiment is resumed in its own space, or in a wider or narrower one"
         raise ConfigError([message, *problems], experiment)
     if new.search.storage not in (None, old.search.storage):
         raise ConfigError(

@@ -482,7 +482,10 @@ def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
         return False
     distances = []
     for name, value in a.parameters.items():
-        distances.append(domains[name].distance(value, b.parameters[name]))
+        if name in domains:
+            distances.append(domains[name].distance(value, b.parameters[name]))
+        else:  # of a space in which the sweep went before
+            distances.append(float(value != b.parameters[name]))
     return all(distance < NEAR for distance in distances)
 
 

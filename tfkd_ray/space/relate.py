@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -112,6 +112,20 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
 
 def not_superset(old: Space, new: Space) -> list[str]:
     """Return a sentence for each reason why `new` does not contain every trial of `old`."""
+    return _differing(old, new, SAME_BRANCH_RULES)
+
+
+def not_comparable(old: Space, new: Space) -> list[str]:
+    """Return a sentence for each reason why no trial of `old` can be compared with those of `new`.
+
+    Ranges may be narrower, and searched settings fixed.
+    """
+    return _differing(old, new, SAME_TRIALS_RULES)
+
+
+def _differing(
+    old: Space, new: Space, rules: Sequence[Callable[[Branch, Branch], Sentences]]
+) -> list[str]:
     problems = []
     branches = {branch.objective: branch for branch in new.branches}
     for was in old.branches:
@@ -131,7 +145,7 @@ def not_superset(old: Space, new: Space) -> list[str]:
         )
     for was in old.branches:
         if was.objective in branches:
-            for rule in SAME_BRANCH_RULES:
+            for rule in rules:
                 problems += rule(was, branches[was.objective])
     return list(dict.fromkeys(problems))
 
@@ -180,7 +194,8 @@ def _fixed_values_are_the_same(was: Branch, now: Branch) -> Sentences:
             yield f"{name}: was {a!r}, and is {b!r} now"
 
 
-SAME_BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
+SAME_TRIALS_RULES = (_new_ranges_hold_old_values, _fixed_values_are_the_same)
+SAME_BRANCH_RULES = (_ranges_are_as_wide, *SAME_TRIALS_RULES)
 """Rules in the order in which their problems are reported, all of them at once."""
 
 
@@ -223,6 +238,18 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
         only_where = top in {"recipe", *RUN_ONLY} or (top == "data" and last in Dataset.places)
         if not only_where:
             yield path, left.get(path), right.get(path)
+
+
+def lies_in(branch: Branch, parameters: Values) -> bool:
+    """Return whether a trial's parameters, of this space or an earlier one, lie in a branch's ranges."""
+    there: Tree = {}
+    for p in branch.parameters:
+        if not p.is_asked(there):
+            continue
+        if p.name not in parameters or not p.domain.contains(parameters[p.name]):
+            return False
+        there[p.name] = parameters[p.name]
+    return True
 
 
 def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list[str]:
