@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Run
 from optuna.trial import TrialState
+from test_kill_points import killed_at
 from test_readers import change, make_sweep
 from test_remote import bucket, elsewhere, server  # noqa: F401
 from test_search import run_trial, space, trials, value
@@ -291,6 +292,28 @@ def test_a_sweep_is_asked_to_stop_only_where_something_may_run(
     assert stop_requests(sweep) == set()
     assert main(["stop", "e", "2"]) == 0
     assert "nothing runs it now; it ends when the sweep is resumed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_has_asked_or_not_and_asking_again_is_enough(
+    tmp_path: Path,
+) -> None:
+    make_sweep(tmp_path / "made", 6)
+    change(tmp_path / "made", 2, status="running")
+    running = read_records(tmp_path / "made")[2].name
+    for point in range(1, 100):
+        here = tmp_path / f"p{point}"
+        shutil.copytree(tmp_path / "made", here / "s" / "e", symlinks=True)
+        was_killed = killed_at(point, ["stop", "s/e", "2"], here, here / "s")
+        asked = stop_requests(here / "s" / "e")
+        assert asked in (set(), {running}), f"{point=}"
+        if not was_killed:
+            break
+        assert not killed_at(1000, ["stop", "s/e", "2"], here, here / "s")
+        assert stop_requests(here / "s" / "e") == {running}, f"{point=}"
+        left = [p.name for p in (here / "s" / "e" / "stop").iterdir()]
+        assert left == [running], f"{point=}"
+    assert point > 1 and asked == {running}
 
 
 def test_a_link_in_the_place_of_the_requests_is_refused_and_not_followed(

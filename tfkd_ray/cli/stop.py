@@ -35,7 +35,8 @@ def _stop_all(found: "Experiment") -> int:
     from tfkd_ray.store.experiment import WHOLE_SWEEP
 
     state, driver = status(found.folder)["state"], driver_of(found.folder)
-    unseen = driver is not None and driver[1] != socket.gethostname()
+    told = (found.folder / "driver.json").exists()  # of a bucket, where a driver refreshes it
+    unseen = driver is not None and driver[1] != socket.gethostname() and not told
     if state == "finished" or (state != "running" and not unseen):
         print(f"{found.name} is {state}: nothing runs, so there is nothing to stop")
         return OK
