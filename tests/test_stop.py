@@ -18,7 +18,7 @@ from test_search import run_trial, space, trials, value
 from test_tune import TREE
 
 from tfkd_ray.cli.main import main
-from tfkd_ray.run.callbacks import Losses, Recorder
+from tfkd_ray.run.callbacks import Lock, Losses, Recorder
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.run.stops import BY_COMMAND, Stops, drop_stop, end_stopped
 from tfkd_ray.settings.yaml import dump_yaml
@@ -311,6 +311,9 @@ def test_a_command_that_is_killed_has_asked_or_not_and_asking_again_is_enough(
             break
         assert not killed_at(1000, ["stop", "s/e", "2"], here, here / "s")
         assert stop_requests(here / "s" / "e") == {running}, f"{point=}"
+        Lock(*experiment_of(here / "s" / "e")).release()  # a driver removes what is half-written
+        time.sleep(1.1)
+        Lock(*experiment_of(here / "s" / "e")).release()
         left = [p.name for p in (here / "s" / "e" / "stop").iterdir()]
         assert left == [running], f"{point=}"
     assert point > 1 and asked == {running}

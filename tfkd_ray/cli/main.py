@@ -324,7 +324,7 @@ def _parser() -> ArgumentParser:
         stop_verb,
         "Stop a running sweep, which can be resumed, or single trials of it; from any terminal or machine.",
     )
-    sub.add_argument("experiment", type=place_or_url, help="directory or URL of the experiment")
+    sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
     sub.add_argument(
         "trials",
         nargs="*",

@@ -42,6 +42,7 @@ from tfkd_ray.store.assignment import assigned, without_assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     STOPPED_BY,
+    STOPS,
     Record,
     append_line,
     check_no_links,
@@ -634,7 +635,11 @@ class Lock(Listener):
             self._lock.release()
             raise
         trials = trials_folder(self._experiment).glob("*")
-        for folder in (self._experiment, *trials):  # of a killed driver or trial
+        for folder in (
+            self._experiment,
+            self._experiment / STOPS,
+            *trials,
+        ):  # of a killed driver or trial
             if not folder.is_symlink():
                 remove_left_behind(folder, age_s=1)
         write_text(
