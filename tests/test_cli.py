@@ -787,10 +787,11 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
     (here / "c/confirm.yaml").touch()
     gone_on: list[Path] = []
     monkeypatch.setattr(
-        "tfkd_ray.cli.sweep.compare_arms", lambda directory, address: gone_on.append(directory) or 0
+        "tfkd_ray.cli.sweep.compare_arms",
+        lambda directory, address, end: gone_on.append(directory) or 0,
     )
     code = main(["resume", "c", *given(option)])
-    if option.dest == "retry_failed":  # it always does
+    if option.dest in ("retry_failed", "on_end"):  # it always retries
         assert code == 0 and gone_on
     else:
         assert code == 2 and not gone_on

@@ -332,9 +332,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         limits = self.space.search.limits
         if not metrics or not limits:
             return
-        known = _trials(trial.study)[
-            trial.number
-        ].constraints  # of a driver that was killed just then
+        # known already if the driver was killed between this and the end of the trial
+        known = _trials(trial.study)[trial.number].constraints
         for name, excess in excesses(limits, metrics).items():
             if name not in known:
                 trial.set_constraint(name, excess)
