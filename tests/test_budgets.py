@@ -463,6 +463,7 @@ def test_a_sweep_without_a_number_of_trials_needs_a_budget_that_is_spent_in_the_
         build_space({**endless(sampler="grid"), "optim": {"lr": {"choices": [0.1, 0.2]}}})
 
 
+@pytest.mark.slow
 def test_a_search_without_a_number_of_trials_proposes_as_long_as_it_is_asked(
     tmp_path: Path,
 ) -> None:

@@ -105,6 +105,7 @@ def run(searcher: OptunaSearcher, most: int = 1000) -> list[float]:
 CONSTRAINED = {"constraints": {"val_ece": {"high": 0.05}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_a_search_learns_which_trials_meet_its_constraints(tmp_path: Path, sampler: str) -> None:
     samples = {"sampler": sampler, "num_samples": 30}
@@ -140,6 +141,7 @@ def test_a_trial_that_is_stopped_early_has_constraints_too_and_resuming_repeats_
     assert {t.state for t in found} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
+@pytest.mark.slow
 def test_constraints_of_earlier_experiments_and_of_a_wider_space_are_learnt(tmp_path: Path) -> None:
     s = space(sampler="gp", num_samples=8, **CONSTRAINED)
     e = tmp_path / "e"

@@ -66,6 +66,7 @@ def studies_in(journal: Path, prefix: str) -> dict[str, list[Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [True, False], ids=["a study each", "one study"])
 def test_trials_outside_of_a_narrower_space_stay_on_record_and_guide_nothing(
     tmp_path: Path, split: bool
@@ -144,6 +145,7 @@ def resumed(experiment: Path, new: Space, said: list[str]) -> None:
         resume_tuner(experiment, space=new, on_note=said.append)
 
 
+@pytest.mark.slow
 def test_a_narrower_space_that_leaves_out_all_trials_is_refused_and_nothing_is_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +210,7 @@ def test_files_of_an_unfinished_trial_outside_say_why_it_ended(tmp_path: Path) -
     assert len(status(e)["stopped"]) == 2
 
 
+@pytest.mark.slow
 def test_readers_show_an_experiment_with_trials_outside_of_its_space(tmp_path: Path) -> None:
     e = narrowed(tmp_path)
     s = build_space(json.loads(json.dumps(space(NARROW).tree)))
@@ -224,6 +227,7 @@ def test_readers_show_an_experiment_with_trials_outside_of_its_space(tmp_path: P
     assert not lies_in(branch, {"optim.lr": 0.1})  # was fixed then
 
 
+@pytest.mark.slow
 def test_readers_show_a_sweep_that_went_on_with_one_more_setting(tmp_path: Path) -> None:
     tree: Tree = {**space(nesterov=False).tree, "objective": "tfkd_reg"}
     e = finished(tmp_path / "e", build_space(tree), [k / 20 for k in range(16)])
@@ -235,6 +239,7 @@ def test_readers_show_a_sweep_that_went_on_with_one_more_setting(tmp_path: Path)
     assert len(arms_of(e, top_k=2, rivals=()).arms) == 2
 
 
+@pytest.mark.slow
 def test_columns_of_tensorboard_hold_the_values_of_trials_outside(tmp_path: Path) -> None:
     e = narrowed(tmp_path)
     narrow = OptunaSearcher(
