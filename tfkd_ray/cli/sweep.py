@@ -238,6 +238,7 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
 
 def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -> None:
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
+    from tfkd_ray.settings.columns import wrapped
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.store.experiment import best, pareto
     from tfkd_ray.verdict.limits import is_feasible, limits_text
@@ -245,10 +246,10 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     metric, limits = space.search.metric, space.search.limits
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
     if limits and is_feasible(limits, winner.last):
-        print(f"  it meets the constraints: {limits_text(limits)}")
+        print(*wrapped(f"it meets the constraints: {limits_text(limits)}", first="  "), sep="\n")
     elif limits:
-        print(f"  no trial of full length meets the constraints: {limits_text(limits)};")
-        print("  it is the best of those that do not")
+        text = f"no trial of full length meets the constraints: {limits_text(limits)};"
+        print(*wrapped(f"{text} it is the best of those that do not", first="  "), sep="\n")
     for key, value in winner.parameters.items():
         shown = f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
         print(f"  {key:<34} {shown}")

@@ -698,7 +698,7 @@ def _best_trial_lines(found: Tree) -> Sentences:
         yield f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}"
         if found["constraints"]:
             meets = "meets" if best["feasible"] else "no trial meets"
-            yield f"{meets} the constraints: {found['constraints']}"
+            yield from wrapped(f"{meets} the constraints: {found['constraints']}")
         for name, rival in found["baselines"].items():
             if rival is not None and rival["trial"] != best["trial"]:
                 yield f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}"
