@@ -125,6 +125,31 @@ def test_a_sweep_that_is_widened_again_has_all_trials_inside_again(tmp_path: Pat
         assert now[n].intermediate_values == trial.intermediate_values
 
 
+@pytest.mark.slow
+def test_an_objective_may_be_left_out_and_its_trials_stay_on_record(tmp_path: Path) -> None:
+    e = finished(tmp_path / "e", space(), [k / 20 for k in range(16)])
+    journal = e / "study.journal"
+    tree: Tree = {**space().tree, "objective": [space().tree["objective"][1], "tfkd_reg"]}
+    search = {**tree["search"], "study": "tfkd@2", "num_samples": 24, "baselines": False}
+    left = build_space({**tree, "search": search})
+    assert not_comparable(space(), left) == []
+    (problem,) = not_superset(space(), left)
+    assert problem == "objective: existing trials have ce, and the new space lacks it; add it"
+    new = OptunaSearcher(left, journal)
+    copy_trials(OptunaSearcher(space(), journal), new)
+    assert len(new.outside()) == 8 and {n[6:] for n in new.outside().values()} == {"ce"}
+    found = [c["objective"]["name"] for c in run_sweep(new)]
+    assert found == ["tfkd_reg"] * 8  # it catches up with lsr
+    write_experiment(e, left.tree, ["tfkd"])
+    rows = status(e)["rows"]
+    assert rows["ce"]["done"] == 8 and rows["lsr"]["done"] == 8
+    report(e, tmp_path / "e.html")
+    back = build_space({**tree, "objective": ["ce", *tree["objective"]], "search": {**search, "study": "tfkd@3"}})  # fmt: skip
+    again = OptunaSearcher(back, journal)
+    copy_trials(OptunaSearcher(left, journal), again)
+    assert again.outside() == {} and len(again.known()) == 24
+
+
 def test_ranges_may_become_narrower_or_fixed_and_nothing_else_changes() -> None:
     assert not_comparable(space(), space(NARROW, nesterov=False)) == []
     assert not_superset(space(), space(NARROW)) != []

@@ -238,7 +238,6 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
 
 def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -> None:
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
-    from tfkd_ray.settings.columns import wrapped
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.store.experiment import best, pareto
     from tfkd_ray.verdict.limits import is_feasible, limits_text

@@ -728,7 +728,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         places = {group.name: g for g, group in enumerate(self.space.groups)}
         for trial in self._outside:  # they have ended, and count for their group
             if (n := trial.user_attrs.get("number")) is not None:
-                latest[n], self._group_of[n] = trial, places[trial.user_attrs["group"]]
+                latest[n], self._group_of[n] = trial, places.get(trial.user_attrs["group"], -1)
         self._started = {
             n: trial.number for n, trial in latest.items() if not trial.state.is_finished()
         }
@@ -1166,9 +1166,10 @@ def _outside_copy(space: Space, trial: FrozenTrial, config: TrainConfig) -> Froz
 
     Its parameters are those of another space, so its configuration stands for them.
     """
-    group = next(
-        g.name for g in space.groups if config.objective.called in (b.objective for b in g.branches)
-    )
+    group = None  # an objective that the space leaves out
+    for g in space.groups:
+        if config.objective.called in (branch.objective for branch in g.branches):
+            group = g.name
     about = dict(zip(OUTSIDE_ATTRS, (group, json.dumps(config.tree)), strict=True))
     return create_trial(
         state=trial.state if trial.state.is_finished() else TrialState.PRUNED,

@@ -707,7 +707,8 @@ def _columns_of(space: Searched, experiment: Path) -> list[HParamInfo]:
     """
     if "@" not in (space.search.study or ""):
         return _hparam_columns(space)
-    earlier = [record.parameters for record in read_lasts(experiment, alive=True)]
+    records = read_lasts(experiment, alive=True)
+    earlier = [{"objective": record.objective, **record.parameters} for record in records]
     return _hparam_columns(space, earlier)
 
 
@@ -725,7 +726,9 @@ def _hparam_columns(space: Searched, trials: Sequence[Values] = ()) -> list[HPar
     """Return the columns of a space; each holds the values of these trials, too."""
     names = short_names(space.parameters)
     objectives = [b.objective for b in space.branches]
-    columns = [_column("objective", Choices(tuple(objectives)))] if len(objectives) > 1 else []
+    seen = [values["objective"] for values in trials if "objective" in values]
+    kinds = _holding(Choices(tuple(objectives)), seen)
+    columns = [_column("objective", kinds)] if len(objectives) > 1 else []
     for p in space.parameters:
         domain = _holding(p.domain, [values[p.name] for values in trials if p.name in values])
         columns.append(_column(names[p.name], domain))

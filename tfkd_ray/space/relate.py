@@ -112,13 +112,19 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
 
 def not_superset(old: Space, new: Space) -> list[str]:
     """Return a sentence for each reason why `new` does not contain every trial of `old`."""
-    return _differing(old, new, SAME_BRANCH_RULES)
+    names = [branch.objective for branch in new.branches]
+    missing = [
+        f"objective: existing trials have {was.objective}, and the new space lacks it; add it"
+        for was in old.branches
+        if was.objective not in names
+    ]
+    return missing + _differing(old, new, SAME_BRANCH_RULES)
 
 
 def not_comparable(old: Space, new: Space) -> list[str]:
     """Return a sentence for each reason why no trial of `old` can be compared with those of `new`.
 
-    Ranges may be narrower, and searched settings fixed.
+    Ranges may be narrower, searched settings fixed, and objectives left out.
     """
     return _differing(old, new, SAME_TRIALS_RULES)
 
@@ -128,11 +134,6 @@ def _differing(
 ) -> list[str]:
     problems = []
     branches = {branch.objective: branch for branch in new.branches}
-    for was in old.branches:
-        if was.objective not in branches:
-            problems.append(
-                f"objective: existing trials have {was.objective}, and the new space lacks it; add it"
-            )
     if old.search.split != new.search.split:
         problems.append("search.split: cannot change when a sweep is resumed")
     if old.search.metrics != new.search.metrics:
