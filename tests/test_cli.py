@@ -231,7 +231,15 @@ def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
     assert found["metrics"] == ["val_accuracy", "val_ece"] and found["trials"] == 4
     assert [entry["trial"][:5] for entry in found["best"]] == ["t0001", "t0000", "t0002"]
     assert found["best"][2]["values"] == {"val_accuracy": 0.8, "val_ece": 0.1}
-    assert set(found["best"][0]) == {"trial", "objective", "values", "parameters", "config"}
+    assert set(found["best"][0]) == {
+        "trial",
+        "objective",
+        "values",
+        "parameters",
+        "config",
+        "feasible",
+        "limited",
+    }
     for trial in (here / "e" / "trials").iterdir():
         (trial / "metrics.jsonl").write_text('{"epoch": 18, "val_accuracy": 0.5}\n')
     assert "no trial of full length has a value of val_accuracy and of val_ece" in refused(
@@ -799,10 +807,11 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
     (here / "c/confirm.yaml").touch()
     gone_on: list[Path] = []
     monkeypatch.setattr(
-        "tfkd_ray.cli.sweep.compare_arms", lambda directory, address: gone_on.append(directory) or 0
+        "tfkd_ray.cli.sweep.compare_arms",
+        lambda directory, address, end: gone_on.append(directory) or 0,
     )
     code = main(["resume", "c", *given(option)])
-    if option.dest == "retry_failed":  # it always does
+    if option.dest in ("retry_failed", "on_end"):  # it always retries
         assert code == 0 and gone_on
     else:
         assert code == 2 and not gone_on

@@ -410,12 +410,14 @@ def allowed(sampler: str, probe: dict[str, Any]) -> bool:
 def pairs() -> str:
     """Return the table of docs/search.md, from the code."""
     lines = [
-        f"| sampler | {' | '.join(PROBES)} | earlier experiments |",
-        "|---" * (len(PROBES) + 2) + "|",
+        f"| sampler | {' | '.join(PROBES)} | earlier experiments | constraints |",
+        "|---" * (len(PROBES) + 3) + "|",
     ]
     for kind in members(SearchConfig.model_fields["sampler"]):
         cells = ["yes" if allowed(str(tag(kind)), probe) else "no" for probe in PROBES.values()]
-        lines.append(f"| `{tag(kind)}` | {' | '.join(cells)} | {'yes' if kind.priors else 'no'} |")  # type: ignore[attr-defined]
+        for learns in (kind.priors, kind.constrained):  # type: ignore[attr-defined]
+            cells.append("yes" if learns else "no")
+        lines.append(f"| `{tag(kind)}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ from tfkd_ray.cli.show import (
     tensorboard_verb,
     trials_verb,
 )
+from tfkd_ray.cli.stop import stop_verb
 from tfkd_ray.cli.sweep import resume_verb, tune_verb
 from tfkd_ray.cli.terminal import (
     BUDGET_OPTIONS,
@@ -49,7 +50,7 @@ from tfkd_ray.cli.terminal import (
 from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT, ConfigError, Unreachable
 from tfkd_ray.settings.own_code import enter_job
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import HIDDEN, masked
 
 EXPERIMENT = "name in ./tfkd_results, directory or URL of the experiment; @last: the newest"
 
@@ -209,10 +210,27 @@ def _given_words() -> list[str]:
     if given is not None:
         return [str(word) for word in json.loads(given)]
     words = sys.argv[1:]
-    if any(masked(word) != word for word in words):
+    shown = without_secret_words(words)
+    if shown != words:
         os.environ[_WORDS] = json.dumps(words)
-        os.execv(sys.executable, [sys.executable, *(masked(word) for word in sys.orig_argv[1:])])
+        start = sys.orig_argv[1 : len(sys.orig_argv) - len(words)]
+        os.execv(sys.executable, [sys.executable, *start, *shown])
     return words
+
+
+def without_secret_words(words: Sequence[str]) -> list[str]:
+    """Return the words with *** for passwords, and for the command of `--on-end`."""
+    shown = [masked(word) for word in words]
+    if words[:1] and words[0] in ("tune", "resume", "confirm"):
+        for place, word in enumerate(words[1:], start=1):
+            option, equals, _ = word.partition("=")
+            if len(option) < 3 or not "--on-end".startswith(option):  # argparse takes --on, too
+                continue
+            if equals:
+                shown[place] = f"{option}={HIDDEN}"
+            elif place + 1 < len(words):
+                shown[place + 1] = HIDDEN
+    return shown
 
 
 def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -266,6 +284,7 @@ def _parser() -> ArgumentParser:
         "--name", help="name of the experiment (default: the file's name and the time)"
     )
     _elsewhere(sub)
+    _on_end(sub)
 
     _budgets(sub)
     sub.add_argument(
@@ -289,7 +308,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument(
         "--space",
         metavar="FILE",
-        help="continue in a wider space, which must contain every trial of this one",
+        help="continue in a wider or narrower space; trials outside of it stay on record",
     )
     _flag(sub, "--retry-failed", "retry the failed trials (a comparison always retries them)")
     _budgets(sub)
@@ -299,6 +318,20 @@ def _parser() -> ArgumentParser:
         help="URL of the study's Optuna storage, if TFKD_STORAGE does not hold it",
     )
     _elsewhere(sub)
+    _on_end(sub)
+
+    sub = verb(
+        "stop",
+        stop_verb,
+        "Stop a running sweep, which can be resumed, or single trials of it; from any terminal or machine.",
+    )
+    sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
+    sub.add_argument(
+        "trials",
+        nargs="*",
+        metavar="TRIAL",
+        help="trials to stop for good: names, their unique beginnings, or numbers (default: the sweep)",
+    )
 
     sub = verb(
         "check",
@@ -368,6 +401,7 @@ def _parser() -> ArgumentParser:
         "--name", help="name of the comparison (default: the file's name and the time)"
     )
     _elsewhere(sub)
+    _on_end(sub)
 
     sub = verb(
         "export",
@@ -508,6 +542,15 @@ def _elsewhere(sub: ArgumentParser) -> None:
         "--cluster", metavar="FILE", help="file of a running cluster, to run on as a job"
     )
     _flag(sub, "--detach", "do not follow the job")
+
+
+def _on_end(sub: ArgumentParser) -> None:
+    sub.add_argument(
+        "--on-end",
+        metavar="COMMAND",
+        help="shell command to run once it has ended, with TFKD_EXPERIMENT and TFKD_STATUS "
+        "(finished, stopped, failed) in its environment",
+    )
 
 
 def _cluster_parser(sub: ArgumentParser) -> None:

@@ -174,23 +174,29 @@ def explain_verb(args: Namespace) -> int:
 def _describe(space: "Space") -> Sentences:
     """Yield what is searched, for all objectives and for each, line by line."""
     from tfkd_ray.space.relate import warm_points
+    from tfkd_ray.verdict.limits import limits_text
 
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
     search, epochs = space.search, space.epochs
     rungs = space.rungs
-    share = search.num_samples // len(space.branches)
+    share = search.most_trials // len(space.branches)
     per = (
         f"{share} for each of {len(space.branches)} objectives"
         if search.split and len(space.branches) > 1
         else ""
     )
-    yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
+    if search.num_samples is None:
+        yield f"trials until a budget is spent, {epochs} epochs each"
+    else:
+        yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
     yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
         f" after {rungs} epochs" if rungs else ""
     )
     yield from wrapped(
         f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
     )
+    if search.constraints:
+        yield from wrapped(f"constraints on the best trial: {limits_text(search.limits)}")
     yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
     for point in warm_points(space):
         yield from wrapped(f"tried first: {point.objective}: {point.origin}")
@@ -289,7 +295,7 @@ def best_verb(args: Namespace) -> int:
     if len(plan.metrics) > 1:
         from tfkd_ray.store.experiment import pareto
 
-        front = pareto(records, plan.metrics)
+        front = pareto(records, plan.metrics, plan.limits)
         if not front:
             raise ConfigError(
                 f"no trial of full length has a value of {' and of '.join(plan.metrics)}",

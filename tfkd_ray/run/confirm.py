@@ -30,6 +30,7 @@ from tfkd_ray.learn.images import Images
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.several import combined
 from tfkd_ray.run.callbacks import Lock, Losses, in_order
+from tfkd_ray.run.stops import Stops
 from tfkd_ray.run.tune import OnTeacher, SharingFifo, assemble, prepare, train_teachers
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.columns import in_columns, wrapped
@@ -168,14 +169,17 @@ def comparison_tuner(
             )
             proposals.append({**run.config.tree, SECTION: assignment.section()})
     losses = Losses(config=compared.runs[0].config, on_note=on_note)
+    stops = Stops(comparison, on_note)
     return assemble(
         config,
         directory,
         tune.TuneConfig(
             search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1
         ),
-        tune.RunConfig(),
-        in_order(lock, TensorBoard(directory / "tb"), losses, callbacks, on_note=on_note),
+        tune.RunConfig(stop=stops),
+        in_order(
+            lock, TensorBoard(directory / "tb"), losses, callbacks, stops=stops, on_note=on_note
+        ),
         max_failures=2,
     )
 

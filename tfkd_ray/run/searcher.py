@@ -17,7 +17,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,21 @@ from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space, share_of
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
+    STOPPED_BY,
     as_number,
     damaged,
     parse_json,
 )
+from tfkd_ray.verdict.limits import excesses
 
 STARTUP = 10
 """Maximum number of random proposals before a model starts; fewer in a small study."""
 
 
+OUTSIDE = "(outside)"
+"""Name, after that of the studies, of the study with the trials that a narrower space leaves out."""
+OUTSIDE_ATTRS = ("group", "config")
+"""What its trials note besides: the group that they count for, and their whole configuration."""
 END_OF_STEPS = 2**31
 """Epochs from here on are not written: a database keeps them in 32 bits."""
 
@@ -190,6 +196,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._studies: list[Study] | None = None
+        self._outside: list[FrozenTrial] = []
         self._storage: Any = None
         self._asked = False
         self._live: dict[str, _Live] = {}
@@ -257,7 +264,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         studies = self._open()
         if self._todo:
             n = self._todo.pop(0)
-        elif self._next < self.space.search.num_samples:
+        elif self._next < self.space.search.most_trials:
             n = self._next
             self._next += 1
         else:
@@ -288,7 +295,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             name=name,
             epochs=config.epochs,
             parameters=values,
-            metrics=self.space.search.metrics,
+            metrics=self.space.search.measured,
             directory=None if self.folder is None else self.folder / name,
             more=self.place,
         )
@@ -314,9 +321,22 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if failed or not (result or live.reported):
             self._fail(live, failed or "ended without a result")
         elif result and self._is_whole(live, result):
+            self._limit(live.trial, result)
             self._tell_values(live, {m: result.get(m) for m in self.space.search.metrics})
         else:
+            self._limit(live.trial, result)
             live.tell(state=TrialState.PRUNED)
+
+    def _limit(self, trial: Trial, metrics: Values) -> None:
+        """Tell the study by how much a trial that ends exceeds its constraints."""
+        limits = self.space.search.limits
+        if not metrics or not limits:
+            return
+        # known already if the driver was killed between this and the end of the trial
+        known = _trials(trial.study)[trial.number].constraints
+        for name, excess in excesses(limits, metrics).items():
+            if name not in known:
+                trial.set_constraint(name, excess)
 
     def _fail(self, live: _Live, reason: str) -> None:
         live.trial.set_user_attr("reason", reason)
@@ -349,6 +369,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             "training_iteration"
         )  # it ended after its last report
         by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
+        by_itself = by_itself and not result.get(STOPPED_BY)
         epoch, last = (
             live.epochs.of(result),
             self.space.epochs - (1 if 0 in live.reported else 0),
@@ -425,7 +446,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def remaining(self) -> int:
         """Return the number of trials still to be proposed, unfinished and new."""
         self._open()
-        return len(self._todo) + self.space.search.num_samples - self._next
+        return len(self._todo) + self.space.search.most_trials - self._next
 
     def close(self) -> None:
         """Close the storage; the next access opens it again."""
@@ -467,6 +488,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
         for prior in priors:
             about = {"params": prior.params, "distributions": prior.distributions}
+            about["constraints"] = excesses(self.space.search.limits, prior.metrics)
             _add_once(studies[prior.group], prior.origin, values=prior.values, **about)
 
     def add_evaluated_point(
@@ -487,6 +509,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             pruned: it was stopped early.
             intermediate_values: after epochs 1, 2, ...
         """
+        if self.space.search.constraints:
+            raise ConfigError(
+                "add_evaluated_point: the space has constraints, and the point no values of their metrics; leave it out"
+            )
         group, objective, values = point_in(self.space, parameters, whole=True)
         params, distributions = as_asked(group, objective, values)
         told = list(value) if isinstance(value, list | tuple) else [value]
@@ -522,6 +548,20 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if len(told) != len(metrics) or not all(is_number(v) for v in told):
             raise ConfigError(f"add_evaluated_point: a number for each of {metrics}, got {value!r}")
 
+    def end_early(self, number: int, metrics: Values) -> None:
+        """Record an unfinished trial of an earlier session as stopped; it is not proposed again.
+
+        Args:
+            metrics: those of its last epoch.
+        """
+        studies = self._open()
+        known = self._started.pop(number, None)
+        if known is not None:
+            study = studies[self._group_of[number]]
+            self._limit(self._again(study, known), metrics)
+            study.tell(known, state=TrialState.PRUNED, skip_if_finished=True)
+            self._todo.remove(number)
+
     def waiting(self) -> set[int]:
         """Return the numbers of the trials that will be proposed again."""
         self._open()
@@ -538,7 +578,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             t.user_attrs["number"]: str(t.user_attrs.get("name"))
             for t in trials
             if "number" in t.user_attrs
-        }
+        } | self.outside()
 
     def recorded(self) -> list[Tree]:
         """Return the trees of these studies' spaces, mostly one. Release 0.1.0 recorded none."""
@@ -594,6 +634,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             )
             with contextlib.nullcontext() if self.storage is None else database(self.storage):
                 studies = self._make_studies()
+                self._outside = self._read_outside()
             self._studies = studies
             if isinstance(self.space, Space):
                 self.add_priors(prior_trials(self.space, self.priors))
@@ -623,6 +664,39 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 study.set_user_attr("space", record)
         return studies
 
+    def _read_outside(self) -> list[FrozenTrial]:
+        """Return the trials that this space leaves out; there are none before it was changed."""
+        name = f"{self.study}/{OUTSIDE}"
+        if "@" not in self.study or name not in optuna.study.get_all_study_names(self._storage):
+            return []
+        study = optuna.load_study(study_name=name, storage=self._storage)
+        return list(_trials(study))
+
+    def make_outside(self) -> Study:
+        """Create the study of the trials that this space leaves out."""
+        return optuna.create_study(
+            storage=self.optuna_storage(),
+            study_name=f"{self.study}/{OUTSIDE}",
+            directions=[{"max": "maximize", "min": "minimize"}[m] for m in self.space.search.modes],
+        )
+
+    def outside(self) -> dict[int, str]:
+        """Return the names of the trials that this space leaves out, by number."""
+        self._open()
+        numbered = [t.user_attrs for t in self._outside if "number" in t.user_attrs]
+        return {about["number"]: str(about.get("name")) for about in numbered}
+
+    def configured(self) -> Iterator[tuple[FrozenTrial, TrainConfig]]:
+        """Yield all trials, also those left out and of earlier experiments, with configurations."""
+        for group, study in zip(self.space.groups, self.studies(), strict=True):
+            for trial in _trials(study):
+                if "number" in trial.user_attrs or "prior" in trial.user_attrs:
+                    _, config = group.propose(optuna.trial.FixedTrial(trial.params))
+                    yield trial, config
+        for trial in self._outside:
+            with damaged(self.journal):
+                yield trial, validated(TrainConfig, parse_json(trial.user_attrs["config"]))
+
     def _refuse_another_dictionary(self, record: str) -> None:
         """Raise if the storage has this study of another plain dictionary, before it is changed."""
         name = f"{self.study}/{self.space.groups[0].name}"
@@ -651,6 +725,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                     )  # a later attempt replaces an earlier one
                 elif trial.state == TrialState.RUNNING:
                     study.tell(trial.number, state=TrialState.FAIL)
+        places = {group.name: g for g, group in enumerate(self.space.groups)}
+        for trial in self._outside:  # they have ended, and count for their group
+            if (n := trial.user_attrs.get("number")) is not None:
+                latest[n], self._group_of[n] = trial, places.get(trial.user_attrs["group"], -1)
         self._started = {
             n: trial.number for n, trial in latest.items() if not trial.state.is_finished()
         }
@@ -1046,33 +1124,77 @@ def given_points(space: Space | PlainSpace, points: Sequence[Values]) -> dict[st
 
 
 def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
-    """Replace the studies of a wider space (see `not_superset`) by all trials of a narrower one.
+    """Replace the studies of a space by all trials of an earlier one, in which a sweep began.
 
-    A value that was fixed before and is searched now becomes a parameter of the copied trials.
+    A value that was fixed before and is searched now becomes a parameter of the copied trials. A
+    trial that lies outside goes to a study of its own, which no sampler and no rung reads.
     """
     assert isinstance(new.space, Space), f"{new.space=}"
     copies: list[tuple[int, str, FrozenTrial]] = []
-    for group, study in zip(old.space.groups, old.studies(), strict=True):
-        for trial in _trials(study):
-            if "number" in trial.user_attrs or "prior" in trial.user_attrs:
-                _, config = group.propose(optuna.trial.FixedTrial(trial.params))
-                place = placed(new.space, config)
-                assert not isinstance(place, list), f"{trial.user_attrs=} {place=}"
-                params, distributions = as_asked(place[0], config.objective.called, place[1])
-                copied = create_trial(
-                    state=trial.state,
-                    values=trial.values if trial.state == TrialState.COMPLETE else None,
-                    params=params,
-                    distributions=distributions,
-                    user_attrs=trial.user_attrs,
-                    intermediate_values=trial.intermediate_values,
-                )
-                copies.append((trial.user_attrs.get("number", -1), place[0].name, copied))
+    for trial, config in old.configured():
+        place = placed(new.space, config)
+        number = trial.user_attrs.get("number", -1)
+        if isinstance(place, list):
+            copies.append((number, OUTSIDE, _outside_copy(new.space, trial, config)))
+            continue
+        params, distributions = as_asked(place[0], config.objective.called, place[1])
+        told = {k: v for k, v in trial.user_attrs.items() if k not in OUTSIDE_ATTRS}
+        copied = create_trial(
+            state=trial.state,
+            values=trial.values if trial.state == TrialState.COMPLETE else None,
+            params=params,
+            distributions=distributions,
+            user_attrs=told,
+            intermediate_values=trial.intermediate_values,
+            constraints=trial.constraints,
+        )
+        copies.append((number, place[0].name, copied))
     for name in optuna.study.get_all_study_names(storage=old.optuna_storage()):
         if name.startswith(f"{new.study}/"):  # left by a crash
             optuna.delete_study(study_name=name, storage=old.optuna_storage())
     studies = dict(zip([g.name for g in new.space.groups], new.studies(), strict=True))
+    if any(name == OUTSIDE for _, name, _ in copies):
+        studies[OUTSIDE] = new.make_outside()
     for _, name, copied in sorted(copies, key=lambda entry: entry[0]):
         studies[name].add_trial(copied)
     old.close()
     new.close()
+
+
+def _outside_copy(space: Space, trial: FrozenTrial, config: TrainConfig) -> FrozenTrial:
+    """Return a trial that lies outside of a space, for the record; unfinished, it has ended.
+
+    Its parameters are those of another space, so its configuration stands for them.
+    """
+    group = None  # an objective that the space leaves out
+    for g in space.groups:
+        if config.objective.called in (branch.objective for branch in g.branches):
+            group = g.name
+    about = dict(zip(OUTSIDE_ATTRS, (group, json.dumps(config.tree)), strict=True))
+    return create_trial(
+        state=trial.state if trial.state.is_finished() else TrialState.PRUNED,
+        values=trial.values if trial.state == TrialState.COMPLETE else None,
+        user_attrs={**trial.user_attrs, **about},
+        intermediate_values=trial.intermediate_values,
+        constraints=trial.constraints,
+    )
+
+
+def outside_of(
+    searcher: OptunaSearcher, space: Space
+) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Return the numbered trials of a search that lie in another space, and those that do not.
+
+    The first by name, the others with what differs.
+    """
+    inside: dict[int, str] = {}
+    outside: dict[int, list[str]] = {}
+    for trial, config in searcher.configured():
+        if "number" not in trial.user_attrs:
+            continue
+        place, number = placed(space, config), trial.user_attrs["number"]
+        if isinstance(place, list):
+            outside[number] = place
+        else:
+            inside[number] = str(trial.user_attrs.get("name"))
+    return inside, outside

@@ -14,8 +14,10 @@ from tfkd_ray.show.page import DARK, PALE, Axis, Figure, Panel, Series, escaped
 from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, value_at_rung
 from tfkd_ray.show.status import ExperimentPlan, read_lasts
 from tfkd_ray.space.ranges import Choices, Range
+from tfkd_ray.space.relate import lies_in
 from tfkd_ray.space.space import Parameter, Space, build_space
 from tfkd_ray.store.experiment import Record, pareto, ranked_trials, read_metrics
+from tfkd_ray.verdict.limits import Limits
 from tfkd_ray.verdict.scores import score_of
 
 MAX_CURVES = 200
@@ -54,6 +56,14 @@ class Sweep:
     def full_of(self, objective: str) -> list[Record]:
         return self.of(objective, self.full)
 
+    def inside(self, objective: str) -> list[Record]:
+        """Full-length trials that lie in the space as it is now.
+
+        Of a sweep that went on in a wider or narrower one, others lie outside.
+        """
+        branch = next(b for b in self.space.branches if b.objective == objective)
+        return [r for r in self.full_of(objective) if lies_in(branch, r.parameters)]
+
     def value(self, metrics: Mapping[str, float], metric: str | None = None) -> float:
         """Return the metric in the unit that is shown."""
         key = metric or self.metric
@@ -61,7 +71,12 @@ class Sweep:
 
     def ranked(self, records: Sequence[Record]) -> list[Record]:
         """Return the trials of full length with a value, best first."""
-        return ranked_trials(records, self.metric)
+        return ranked_trials(records, self.metric, self.limits)
+
+    @property
+    def limits(self) -> Limits:
+        """Constraints that the best trial should meet."""
+        return self.space.search.limits
 
     def colour(self, objective: str) -> str:
         return COLOURS[list(self.plan.rows).index(objective) % len(COLOURS)]
@@ -211,7 +226,7 @@ def contours(sweep: Sweep) -> Figure:
         t, alpha = searched.get("temperature"), searched.get("alpha")
         if t is None or alpha is None or not all(isinstance(p.domain, Range) for p in (t, alpha)):
             continue  # nothing lies between choices
-        full = sweep.full_of(objective)
+        full = sweep.inside(objective)
         panel = _contour(sweep, objective, t, alpha, full) if len(full) >= MIN_TRIALS else None
         if panel:
             panels.append(panel)
@@ -252,7 +267,7 @@ def _contour(
 def importance_section(sweep: Sweep) -> Figure:
     panels, few, cut = [], [], False
     for objective in sweep.plan.rows:
-        full = sweep.full_of(objective)
+        full = sweep.inside(objective)
         searched = [
             p for p in _searched(sweep, objective) if p.within is None
         ]  # settings of every trial
@@ -364,7 +379,7 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
 def pareto_section(sweep: Sweep) -> Figure:
     searched = sweep.space.search.metrics
     first, *others = searched if len(searched) > 1 else ("val_accuracy", "val_nll")
-    front = pareto(sweep.full, searched) if len(searched) > 1 else []
+    front = pareto(sweep.full, searched, sweep.limits) if len(searched) > 1 else []
     panels = []
     for other in others:
         lasts = (record.last for record in sweep.full)

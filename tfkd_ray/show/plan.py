@@ -20,6 +20,8 @@ from tfkd_ray.show.receipt import expected_epochs, reaching, shares
 from tfkd_ray.space.arms import Arms, runs_of
 from tfkd_ray.space.space import Branch, Space
 
+OF_MANY = 100
+"""Trials of each objective of which a plan is made if a budget alone ends the search."""
 PROBE_STEPS = 8
 """Steps of a probe, after one for warming up."""
 
@@ -49,6 +51,10 @@ class SweepPlan:
     """The expected cost of a sweep, or the cost of a comparison."""
 
     parts: tuple[Part, ...]
+    budgets: dict[str, float] | None
+    """The budgets that end the search, if no number of trials does: the parts are then of `OF_MANY`."""
+    cpus: int
+    """CPUs of one trial, over its workers."""
     teacher_epochs: int
     teacher_s: float | None
     """Seconds for all teachers, one after the other, with the soft labels that they then cache."""
@@ -86,7 +92,8 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             data.
     """
     parts = []
-    for branch, trials in zip(space.branches, shares(space).values(), strict=True):
+    dealt = shares(space, OF_MANY * len(space.branches))
+    for branch, trials in zip(space.branches, dealt.values(), strict=True):
         config = _with_usual_ratio(branch)
         seconds = _epoch_seconds(config) if probe else None
         memory = (
@@ -111,7 +118,7 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
         )
     config = space.example
     # a teacher keeps its weights
-    disk = _weights(config) * _copies(space) * space.search.num_samples + sum(
+    disk = _weights(config) * _copies(space) * sum(dealt.values()) + sum(
         _weights(run) for run in space.teacher_runs()
     )
     bank = 0
@@ -121,8 +128,18 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
         bank = int(limit())
     gpus = config.workers * config.gpus_per_worker
     ratios = [ratio for branch in space.branches for ratio in ratios_of(branch)]
-    costs = config.workers, gpus, disk, tuple(sorted({*ratios} - {0.0})), bank
-    return SweepPlan(tuple(parts), sum(teachers.values()), teacher_s, *costs)
+    return SweepPlan(
+        tuple(parts),
+        space.search.budgets if space.search.num_samples is None else None,
+        config.workers * config.cpus_per_worker,
+        sum(teachers.values()),
+        teacher_s,
+        config.workers,
+        gpus,
+        disk,
+        tuple(sorted({*ratios} - {0.0})),
+        bank,
+    )
 
 
 def ratios_of(branch: Branch) -> list[float]:
@@ -193,6 +210,8 @@ def plan_comparison(
         bank = int(limit())
     return SweepPlan(
         tuple(parts),
+        None,
+        config.workers * config.cpus_per_worker,
         sum(map(_teacher_epochs, made.values())),
         _seconds_of_teachers(made.values(), views.values()) if probe else None,
         config.workers,
@@ -245,8 +264,8 @@ def slots_here(space: Space) -> int:
 
     At least one.
     """
-    most = space.search.max_concurrent or space.search.num_samples
-    return run_slots_here(space.example, min(most, space.search.num_samples))
+    most = space.search.max_concurrent or space.search.most_trials
+    return run_slots_here(space.example, min(most, space.search.most_trials))
 
 
 def run_slots_here(config: TrainConfig, most: int) -> int:
@@ -295,6 +314,10 @@ def lines(
         slots: number of trials at a time.
         gpu_hour_price: price of an hour of one GPU.
     """
+    if found.budgets is not None:
+        ends = ", ".join(f"{value:g} {name}" for name, value in found.budgets.items())
+        yield f"trials until a budget is spent: {ends}"
+        yield f"what follows is of {OF_MANY} trials of each objective"
     yield from in_columns(_table_of_arms(found) if found.compares else _table_of_trials(found), 80)
     most = sum(part.most for part in found.parts)
     if found.compares:
@@ -344,6 +367,7 @@ def _hours(found: SweepPlan, slots: int, gpu_hour_price: float | None) -> Iterat
     hours = found.seconds / 3600
     one = "run" if found.compares else "trial"
     yield f"training: {_time(found.seconds)} with one {one} at a time, {_time(found.seconds / slots)} with {slots}"
+    yield from _budget_lines(found, slots)
     if found.gpus:
         money = (
             ""
@@ -353,6 +377,17 @@ def _hours(found: SweepPlan, slots: int, gpu_hour_price: float | None) -> Iterat
         yield from wrapped(
             f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine"
         )
+
+
+def _budget_lines(found: SweepPlan, slots: int) -> Iterator[str]:
+    """Yield how many trials each budget is expected to be enough for, if they alone end the search."""
+    trials = sum(part.trials for part in found.parts)
+    seconds = sum(part.epochs * (part.epoch_s or 0) for part in found.parts) / trials
+    held = {"time_budget_s": seconds / slots, "gpu_hours": found.gpus * seconds / 3600}
+    held["cpu_hours"] = found.cpus * seconds / 3600
+    for name, limit in (found.budgets or {}).items():
+        if held.get(name):
+            yield f"{limit:g} {name}: about {limit / held[name]:.0f} trials"
 
 
 def _epoch_seconds(config: TrainConfig) -> float:

@@ -66,6 +66,7 @@ from tfkd_ray.store.experiment import (
     read_judged,
     write_output,
 )
+from tfkd_ray.verdict.limits import is_feasible, limits_text, met_text
 from tfkd_ray.verdict.scores import score_of
 
 MAX_FAILURES = 50
@@ -125,9 +126,13 @@ def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
         if s["trials"][key]
     )  # fmt: skip
     made = f"{plan.created[:16].replace('T', ' ')}; report of {time.strftime('%Y-%m-%d %H:%M')}"
-    ran = f"{s['trials']['planned']:,} {'runs' if plan.kind == 'comparison' else 'trials'} planned"
+    ran = f"{'runs' if plan.kind == 'comparison' else 'trials'}: {_planned(plan)}"
     name = f"{experiment.absolute().name}: " if plan.kind == "comparison" else ""
     return f"{name}{what}, {s['state']}; {ran}{': ' + counts if counts else ''}; begun {made}"
+
+
+def _planned(plan: ExperimentPlan) -> str:
+    return "until a budget is spent" if plan.trials is None else f"{plan.trials:,} planned"
 
 
 def _sweep_sections(
@@ -167,6 +172,12 @@ def _not_a_verdict(sweep: Sweep) -> str:
     first, *rest = sweep.ranked(sweep.full)
     ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
+    if sweep.limits:
+        shared += (
+            f" Constraints: {limits_text(sweep.limits)}; it {met_text(sweep.limits, first.last)}."
+        )
+        if not is_feasible(sweep.limits, first.last):
+            shared += " No trial of full length meets them: it is the best of those that do not."
     return (
         f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} "
         f"This is not a verdict: it is the best of {n} on validation, and {LUCK}. "
@@ -192,6 +203,8 @@ def _best_table(sweep: Sweep) -> str:
             [record.objective + part, record.name, trial_value(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
              settings, _equivalence(record)]
         )  # fmt: skip
+        if sweep.limits:
+            rows[-1].append(met_text(sweep.limits, record.last))
     none = [o for o in sweep.plan.rows if not sweep.full_of(o)]
     text = f"<p>No trial of full length yet: {escaped(', '.join(none))}.</p>" if none else ""
     if not rows:
@@ -205,6 +218,8 @@ def _best_table(sweep: Sweep) -> str:
         "searched settings",
         "its loss",
     ]
+    if sweep.limits:
+        head.append(f"constraints: {limits_text(sweep.limits)}")
     start = (
         "<p>The best trial of each objective, by its value after the last epoch; trials that were stopped early cannot "
         "be best.</p>"
@@ -236,8 +251,13 @@ def _equivalence(record: Record) -> str:
 def _receipt(sweep: Sweep) -> str:
     seconds = sum(m.get("seconds", 0.0) for r in sweep.records for m in r.metrics)
     count = Counter(r.status for r in sweep.records)
-    trials = f"{sweep.plan.trials:,} planned, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    trials = (
+        f"{_planned(sweep.plan)}, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    )
     rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
+    by_hand = [r.name for r in sweep.records if r.status == "stopped" and r.reason]
+    if by_hand:
+        rows.append(["stopped for another reason", some_of(by_hand, 10)])
     time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
     return table_html(["", ""], [*rows, ["time inside the training loop", time]])
 

@@ -269,11 +269,12 @@ def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float =
         follow: wait for more while the trial runs.
     """
     read_plan(experiment)
-    folder = _folder_of(experiment, trial)
+    folder = folder_of_trial(experiment, trial)
     return _log_lines(experiment, folder, follow, every_s)
 
 
-def _folder_of(experiment: Path, trial: str) -> Path:
+def folder_of_trial(experiment: Path, trial: str) -> Path:
+    """Return the folder of the trial that a user names: by name, its unique beginning, or number."""
     folders = {
         folder.name: folder
         for folder in trial_folders(experiment)

@@ -51,9 +51,11 @@ from tfkd_ray.store.experiment import (
     ranked_trials,
     read_experiment,
     read_records,
+    selection_limits,
     selection_metric,
 )
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import feasible_first, is_feasible, limits_text, met_text
 from tfkd_ray.verdict.scores import Selectable
 from tfkd_ray.verdict.seed_plan import SeedPlan
 
@@ -361,7 +363,15 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     if _holds_trained(tree.get("init")):  # a baseline has no teacher
         tree["init"] = "random"
     tree.pop("teachers", None)
-    own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
+    own = (
+        "time_budget_s",
+        "gpu_hours",
+        "cpu_hours",
+        "max_failed_trials",
+        "storage",
+        "study",
+        "points",
+    )
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
@@ -390,6 +400,7 @@ def arms_of(
     """
     winners = _candidates(experiment, top_k)
     first, metric = winners[0], selection_metric(experiment)
+    limits = selection_limits(experiment)
     arms: list[Tree] = []
     for winner in winners:
         arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
@@ -401,9 +412,15 @@ def arms_of(
             raise ConfigError(
                 f"no full-length trial of the baseline {name}; tune it first", experiment
             )
-        rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
+        ranked = scores.ranked(found, metric, lambda record: record.last[metric])
+        rival = feasible_first(ranked, limits, lambda record: record.last)[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
+    if limits and not is_feasible(limits, first.last):
+        notes.append(
+            f"No trial of the sweep meets its constraints ({limits_text(limits)}): {first.name} "
+            f"{met_text(limits, first.last)}."
+        )
     best_run = validated(TrainConfig, arms[0]["config"])
     weight = best_run.ce_share
     if weight is None and "scaled" in rivals:
@@ -473,7 +490,8 @@ def _tuned_for_old_code(changed: str) -> str:
 
 def _full(experiment: Path) -> list[Record]:
     """Return the full-length trials, best first."""
-    return ranked_trials(read_records(experiment), selection_metric(experiment))
+    metric, limits = selection_metric(experiment), selection_limits(experiment)
+    return ranked_trials(read_records(experiment), metric, limits)
 
 
 def _candidates(experiment: Path, top_k: int) -> list[Record]:
@@ -501,7 +519,10 @@ def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
         return False
     distances = []
     for name, value in a.parameters.items():
-        distances.append(domains[name].distance(value, b.parameters[name]))
+        if name in domains:
+            distances.append(domains[name].distance(value, b.parameters[name]))
+        else:  # of a space in which the sweep went before
+            distances.append(float(value != b.parameters[name]))
     return all(distance < NEAR for distance in distances)
 
 

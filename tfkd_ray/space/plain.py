@@ -16,11 +16,9 @@ from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.space.ranges import Choices, Path_, Range
-from tfkd_ray.space.search_config import Grid, SearchConfig
+from tfkd_ray.space.search_config import ENDLESS, Grid, SearchConfig
 from tfkd_ray.space.space import SEARCH_RULES, Branch, Parameter, Searched
 
-ENDLESS = 10**9
-"""Trials of a search that ends only when Tune asks for no more."""
 GROUP = "all"
 """Name of the only group; its study is called STUDY/all."""
 SETTINGS = ("num_samples", "sampler", "stopping", "storage", "study", "seed")
@@ -29,6 +27,7 @@ _ELSEWHERE = {
     "metric": "the argument `metric`, or TuneConfig(metric=...), names it",
     "time_budget_s": "set TuneConfig(time_budget_s=...)",
     "max_concurrent": "set TuneConfig(max_concurrent_trials=...)",
+    "points": "pass OptunaSearcher(..., points_to_evaluate=[...])",
     "max_failures": "set RunConfig(failure_config=...)",
 }
 
@@ -37,6 +36,7 @@ class PlainSearch(SearchConfig):
     """Search settings of a plain dictionary: its metric is whatever the trainable reports."""
 
     num_samples: Count = ENDLESS
+    """Number of trials; by default Tune decides when to ask for no more."""
     metric: str = ""
     """Name of the metric; empty until a Tuner says it."""
     direction: Literal["max", "min"] = "max"

@@ -32,6 +32,7 @@ from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotte
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
 from tfkd_ray.settings.yaml import Tree, Values, find_file, in_yaml, parse_yaml, read_yaml
+from tfkd_ray.space.points import own_points
 from tfkd_ray.space.ranges import (
     RANGE_KEYS,
     Choices,
@@ -49,6 +50,7 @@ from tfkd_ray.space.ranges import (
     range_meant,
 )
 from tfkd_ray.space.search_config import (
+    TIME_BUDGETS,
     Gp,
     Grid,
     Halving,
@@ -59,6 +61,7 @@ from tfkd_ray.space.search_config import (
     SearchConfig,
     Stopping,
 )
+from tfkd_ray.verdict.limits import impossible
 from tfkd_ray.verdict.scores import OF_AVERAGE, score_of
 
 Within = tuple[str, Any]
@@ -510,7 +513,7 @@ def _grid_size(space: Searched) -> int:
 
 def share_of(space: Searched) -> int:
     """Return the number of trials per group."""
-    return space.search.num_samples // len(space.groups)
+    return space.search.most_trials // len(space.groups)
 
 
 # --- notes: each a sentence on an oddity of a space
@@ -553,9 +556,10 @@ def _trials_are_the_same(space: Space) -> Sentences:
     idle = [b.objective for b in space.branches if not b.parameters]
     if share < 2 or not idle or (len(idle) < len(space.branches) and not space.search.split):
         return
-    whose, what = f"all {share} trials", "nothing is searched"
+    many = "" if space.search.num_samples is None else f"{share} "
+    whose, what = f"all {many}trials", "nothing is searched"
     if len(space.groups) > 1:
-        whose = f"the {share} trials of {', '.join(idle)} each"
+        whose = f"the {many}trials of {', '.join(idle)} each"
     if len(idle) < len(space.branches):
         what = f"nothing is searched for {', '.join(idle)}"
     yield (
@@ -578,7 +582,8 @@ def _trials_repeat_others(space: Space) -> Sentences:
     way = "write a range, or more choices, or lower search.num_samples"
     if all((group.grid_size or MAX_GRID + 1) <= MAX_GRID for group in space.groups):
         way = "search.sampler: grid, with num_samples left out, runs each once"
-    yield f"there are only {points}: of {share} that are proposed, some are likely to repeat others; {way}"
+    many = "those" if space.search.num_samples is None else share
+    yield f"there are only {points}: of {many} that are proposed, some are likely to repeat others; {way}"
 
 
 def _pieces_change_a_loss(space: Space) -> Sentences:
@@ -692,7 +697,7 @@ def _grid_is_run_once(space: Searched) -> Sentences:
     if size > MAX_GRID:
         yield f"sampler: a grid of {size} trials is more than {MAX_GRID}; use qmc or random"
     elif not endless and given != size:
-        yield f"num_samples: the grid has {size} points, each is one trial, got {given}; leave it out"
+        yield f"num_samples: the grid has {size} points, each is one trial, got {in_yaml(given)}; leave it out"
 
 
 def _gp_can_list_values(space: Searched) -> Sentences:
@@ -711,15 +716,27 @@ def _sampler_has_several_metrics(space: Searched) -> Sentences:
 
 
 def _parameters_differ(space: Searched) -> Sentences:
-    """Reject the number of parameters as a metric if all students have the same."""
-    searched = any(p.path[0] == "student" for p in space.parameters)
-    if "parameters" in space.search.more_metrics and not searched:
-        yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
+    """Reject the number of parameters as a metric or constraint if all students have the same."""
+    search, searched = space.search, any(p.path[0] == "student" for p in space.parameters)
+    for field, names in (
+        ("more_metrics", search.more_metrics),
+        ("constraints", search.constraints),
+    ):
+        if "parameters" in names and not searched:
+            yield f"{field}: parameters are the same in all trials where the student is fixed; search it, or leave them"
+
+
+def _constraints_can_be_met(space: Searched) -> Sentences:
+    """Reject constraints that no trial meets, or that the sampler cannot learn."""
+    sampler, search = space.sampler, space.search
+    if search.constraints and not sampler.constrained:
+        yield f"constraints: {sampler} does not learn which trials meet them; use tpe or gp"
+    yield from impossible(search.limits)
 
 
 def _averages_are_there(space: Space) -> Sentences:
     """Reject a metric of averaged weights where trials have none."""
-    of_average = [metric for metric in space.search.metrics if metric in OF_AVERAGE]
+    of_average = [metric for metric in space.search.measured if metric in OF_AVERAGE]
     if of_average and not all(map(_averages, space.branches)):
         yield (
             f"search.metric: {of_average[0]} is of averaged weights, and not all trials have ema; set it, such as ema: "
@@ -802,6 +819,16 @@ def _gpu_hours_end(space: Searched) -> Sentences:
         yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
 
 
+def _endless_search_has_a_budget(space: Searched) -> Sentences:
+    """Reject a search that neither a number of trials nor a budget of time ends."""
+    search = space.search
+    if search.num_samples is None and not set(TIME_BUDGETS) & search.budgets.keys():
+        yield (
+            "num_samples: null is until a budget is spent, and there is none; set time_budget_s, gpu_hours or "
+            "cpu_hours, or a number of trials"
+        )
+
+
 SEARCH_RULES = (
     _sampler_is_installed,
     _sampler_proposes_choices,
@@ -811,6 +838,7 @@ SEARCH_RULES = (
     _gp_can_list_values,
     _sampler_has_several_metrics,
     _parameters_differ,
+    _constraints_can_be_met,
     _stopping_judges_by_one_metric,
     _generations_are_whole,
     _halving_stops_trials,
@@ -818,6 +846,7 @@ SEARCH_RULES = (
     _median_has_few_rungs,
     _median_begins,
     _gpu_hours_end,
+    _endless_search_has_a_budget,
 )
 """Rules in the order in which their problems are reported, all of them at once."""
 
@@ -835,8 +864,25 @@ def _validation_is_kept(space: Space) -> Sentences:
 def _objectives_have_trials(space: Space) -> Sentences:
     """Reject fewer trials than objectives."""
     search, objectives = space.search, len(space.branches)
-    if search.num_samples < objectives and search.split:
+    if search.most_trials < objectives and search.split:
         yield f"search.num_samples: {objectives} objectives share it equally, got {search.num_samples}"
+
+
+def _points_can_be_tried(space: Space) -> Sentences:
+    """Reject first points outside of the space, and more of them than trials."""
+    found, problems = own_points(space.branches, space.search.points)
+    yield from problems
+    if space.search.points and isinstance(space.sampler, Grid):
+        yield "search.points: a grid is every combination once; leave them out, or choose a sampler"
+    share = share_of(space)
+    for group in space.groups:
+        names = {branch.objective for branch in group.branches}
+        count = sum(point.objective in names for point in found)
+        if count > share:
+            yield (
+                f"search.points: {count} of {' and '.join(sorted(names))}, and its share is {share} trials; raise "
+                "num_samples, or leave some out"
+            )
 
 
 def _is_searched_as_it_can_be(space: Space) -> Sentences:
@@ -851,6 +897,7 @@ SPACE_RULES = (
     _validation_is_kept,
     _objectives_have_trials,
     _is_searched_as_it_can_be,
+    _points_can_be_tried,
 )
 """Rules in the order in which they are checked; only the first broken one is reported."""
 
