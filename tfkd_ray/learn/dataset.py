@@ -6,6 +6,7 @@ Shapes: N = images, C = channels, H, W = height and width.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import http.client
@@ -20,7 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from tfkd_ray.learn.images import FolderSet, Images, ImageSet, check_headers, generator
 from tfkd_ray.learn.unlabelled import (
@@ -152,6 +159,21 @@ def seal_test_split() -> None:
     _test_split_sealed = True
 
 
+def _count_or_share(value: Any) -> Any:
+    if isinstance(value, float) and value > 1 and value.is_integer():
+        value = int(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not value > 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError(
+            f"a whole number of images from 1, or a fraction between 0 and 1, got {value!r}"
+        )
+    return value
+
+
+CountOrShare = Annotated[int | float, BeforeValidator(_count_or_share)]
+"""A whole number from 1, or a fraction above 0 and below 1."""
+
+
 class Dataset(Settings):
     """Base class of all data sets: their facts, and the validation split cut from train."""
 
@@ -186,7 +208,7 @@ class Dataset(Settings):
     known_by_digest: ClassVar[set[str]] = set()
     """Settings that identify a data set only if it has no digest."""
     later: ClassVar[frozenset[str]] = frozenset(
-        {"digest", "unlabelled", "unlabelled_ratio", "unlabelled_digest"}
+        {"digest", "label_noise", "unlabelled", "unlabelled_ratio", "unlabelled_digest"}
     )
     recipes: ClassVar[dict[str, Tree]] = {"plain": {}, "modern": MODERN, "patient": PATIENT}
     """Default settings by recipe name; the first recipe is the default. Explicit settings override
@@ -195,9 +217,14 @@ class Dataset(Settings):
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Fraction of the official train set that is held out for validation, the same fraction of
     every class. 0: no validation split, for training a final student."""
-    subset: Annotated[int, Field(ge=1)] | None = None
-    """Approximate number of images of the official train set to use, the same fraction of every
-    class. None: all."""
+    subset: CountOrShare | None = None
+    """Approximate number of images of the official train set to use, for train and validation
+    together; below 1, the fraction of the train split to use, with all of validation. The same
+    fraction of every class. None: all."""
+    label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a train image has a wrong label, each of the other classes alike (symmetric
+    noise). It depends on (`split_seed`, image) alone; validation and test keep their labels, and
+    teachers of this data set learn from the wrong ones, too."""
     split_seed: int = 0
     """Seed of the validation split and the subset, which depend only on (data set, split_seed),
     never on the trial's seed."""
@@ -218,8 +245,10 @@ class Dataset(Settings):
 
     @model_serializer(mode="wrap")
     def _without_neutral(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the settings, without those of unlabelled images if there are none."""
+        """Return the settings, without those of noise and of unlabelled images if there are none."""
         tree: dict[str, Any] = handler(self)
+        if not self.label_noise:
+            tree.pop("label_noise", None)
         if self.unlabelled is None:
             for name in OF_UNLABELLED:
                 tree.pop(name, None)
@@ -369,30 +398,52 @@ class Dataset(Settings):
         Args:
             labels: of the official train set, int64 [N].
         """
-        used, _ = self._used(labels)
-        if not self.val_fraction:
-            return used, used[:0]
-        train, val = stratified(labels[used], self.val_fraction, seed=self.split_seed)
-        if not len(val):
-            raise ConfigError(
-                f"data {self.name}: val_fraction: no class has two images, so none can be held out; got "
-                f"{self.val_fraction:g}"
-            )
-        return used[train], used[val]
+        used = self._used(labels)
+        train, val = used, used[:0]
+        if self.val_fraction:
+            kept, held = stratified(labels[used], self.val_fraction, seed=self.split_seed)
+            train, val = used[kept], used[held]
+            if not len(val):
+                raise ConfigError(
+                    f"data {self.name}: val_fraction: no class has two images, so none can be held out; got "
+                    f"{self.val_fraction:g}"
+                )
+        if self.subset is not None and self.subset < 1:
+            train = train[stratified(labels[train], 1 - self.subset, seed=self.split_seed)[0]]
+        return train, val
 
-    def _used(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sorted positions in the official train set (in the subset, left out)."""
+    def _used(self, labels: Tensor) -> Tensor:
+        """Return sorted positions in the official train set of train and validation together."""
         import torch
 
-        if self.subset is not None and self.subset < len(labels):
-            return stratified(labels, 1 - self.subset / len(labels), seed=self.split_seed)
-        every = torch.arange(len(labels))
-        return every, every[:0]
+        if self.subset is not None and 1 <= self.subset < len(labels):
+            return stratified(labels, 1 - self.subset / len(labels), seed=self.split_seed)[0]
+        return torch.arange(len(labels))
+
+    def noisy(self, labels: Tensor, positions: Tensor) -> Tensor:
+        """Return train labels with `label_noise`, int64 [N].
+
+        Args:
+            labels: the right ones, int64 [N].
+            positions: of these images in the official train set, int64 [N].
+        """
+        import torch
+
+        end = int(positions.max()) + 1 if len(positions) else 0
+        draws = torch.rand(end, 2, generator=generator(self.split_seed, "label noise"))[positions]
+        other = 1 + (draws[:, 1] * (self.num_classes - 1)).long().clamp(max=self.num_classes - 2)
+        wrong = (labels + other) % self.num_classes
+        return torch.where(draws[:, 0] < self.label_noise, wrong, labels)
 
     def rest(self) -> Images:
         """Return the images of the official train set that `subset` leaves out; all labels are 0."""
+        import torch
+
         whole = load_official(self._of_any_digest).whole
-        _, left_out = self._used(whole.labels)
+        left = torch.ones(len(whole), dtype=torch.bool)
+        for part in self.split(whole.labels):
+            left[part] = False
+        left_out = left.nonzero()[:, 0]
         if not len(left_out):
             raise ConfigError(
                 f"data.unlabelled: rest is what data.subset leaves out, and {self.subset} images are all {len(whole)}; "
@@ -628,10 +679,11 @@ def _loaded_unlabelled(data: Dataset, state: str | None) -> UnlabelledSet:
 def _loaded(data: Dataset) -> OfficialSets:
     before = _state(data)  # taken first, so that files that change during the read are read again
     whole = data._whole("train")
-    train, val = data.split(whole.labels)
-    return OfficialSets(
-        whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data)
-    )
+    places, held = data.split(whole.labels)
+    train, val = whole.part(places), whole.part(held) if len(held) else None
+    if data.label_noise:
+        train = dataclasses.replace(train, labels=data.noisy(train.labels, places))
+    return OfficialSets(whole, train, val, before or _state(data))
 
 
 def _state(data: Dataset) -> str | None:

@@ -383,6 +383,7 @@ def split_id(data: Dataset) -> str:
         "val_fraction",
         "split_seed",
         "subset",
+        "label_noise",
         "check_md5",
         "image_size",
         "mean",
