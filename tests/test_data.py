@@ -346,8 +346,6 @@ def test_an_images_wrong_label_depends_on_the_split_seed_and_the_image_alone() -
     assert more.labels[still].equal(whole.labels[still])
     other, _ = parts_of(label_noise=0.3, split_seed=1)
     both = dict(zip(other.positions.tolist(), other.labels.tolist(), strict=True))
-        p: label for p, label in zip(other.positions.tolist(), other.labels.tolist(), strict=True)
-    }
     shared = [p for p in both if p in of]
     assert sum(both[p] != of[p] for p in shared) > len(shared) / 4
 
