@@ -302,7 +302,7 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
     columns: dict[str, list[str]] = {}
     rows = []
     for one in several:
-        for head, names in _columns_of(one.sweep).items():
+        for head, names in _setting_columns(one.sweep).items():
             columns[head] = list(dict.fromkeys([*columns.get(head, []), *names]))
         ranks = {r.number: k for k, r in enumerate(one.sweep.ranked(one.sweep.records))}
         for record in one.sweep.records:
@@ -333,7 +333,7 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
     )
 
 
-def _columns_of(sweep: Sweep) -> dict[str, list[str]]:
+def _setting_columns(sweep: Sweep) -> dict[str, list[str]]:
     """Return the searched settings of all trials by full name, by the name of their column.
 
     The objectives' own settings of one name share a column; other settings have one each.
