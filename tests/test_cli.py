@@ -17,13 +17,15 @@ import pytest
 from conftest import ROOT, Run
 from test_clusters import given, verbs
 from test_readers import change, make_sweep
+from test_report import make_grid
 
 from tfkd_ray.cli.main import _parser, main
+from tfkd_ray.cli.sweep import _print_summary
 from tfkd_ray.cli.terminal import experiment_place, shell_word, sweep_or_arms
 from tfkd_ray.launch.verbs import PLACES
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
-from tfkd_ray.space.space import load_space
+from tfkd_ray.space.space import build_space, load_space
 from tfkd_ray.store.experiment import pareto, read_records
 
 SOFT = """
@@ -194,6 +196,33 @@ def test_check_says_what_is_searched_fixed_and_conditional(
     assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", whole)
     assert max(len(line) for line in whole.splitlines()) <= 80
     assert len(out.splitlines()) < 30 and max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_check_says_what_is_done_with_a_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = make_grid(tmp_path / "e") / "experiment.yaml"
+    tree = parse_yaml(grid.read_text(), "grid")["space"]
+    for stopping, said in (
+        ("none", "every combination is one trial; it runs its full length"),
+        ("halving", "every combination is one trial; it may be stopped early, as search.stopping"),
+    ):
+        tree["search"]["stopping"] = stopping
+        (tmp_path / "grid.yaml").write_text(dump_yaml(tree))
+        assert main(["check", str(tmp_path / "grid.yaml")]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_finished_grid_is_not_told_to_add_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_grid(tmp_path / "grid")
+    make_sweep(tmp_path / "sweep", 8)
+    for name, asked in (("grid", False), ("sweep", True)):
+        tree = parse_yaml((tmp_path / name / "experiment.yaml").read_text(), name)["space"]
+        assert _print_summary(build_space(tree), tmp_path / name, whole=True) == 0
+        out = capsys.readouterr().out
+        assert "tfkd report" in out and ("--add-trials" in out) == asked
 
 
 def test_check_keeps_to_80_columns_and_breaks_no_word(

@@ -476,6 +476,19 @@ def test_a_sampler_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPa
         space(optim=ONE_LR, search={"sampler": "cmaes", "stopping": "none"})
 
 
+def test_a_grid_is_not_halved_unless_the_file_says_so() -> None:
+    given = {"optim": {"lr": {"choices": [0.1, 0.2, 0.4]}}, "objective": ["ce", "tfkd_reg"]}
+    search = {"sampler": "grid", "baselines": False}
+    grid = space(**given, search=search)
+    assert grid.stopping.name == "none" and grid.rungs == []
+    assert build_space(grid.tree).stopping == grid.stopping  # as resume reads it
+    halved = space(**given, search={**search, "stopping": "halving"})
+    assert halved.stopping.name == "halving" and halved.rungs
+    assert build_space(halved.tree).stopping == halved.stopping
+    other = space(**given, search={"sampler": "random", "baselines": False})
+    assert other.stopping.name == "halving"
+
+
 def test_a_grid_says_how_many_trials_it_is_and_reads_back() -> None:
     s = space(
         optim={"lr": {"choices": [1, 2, 3]}, "momentum": {"low": 0, "high": 0.9, "step": 0.3}},

@@ -21,6 +21,7 @@ from tfkd_ray.cli.compare import confirm_verb
 from tfkd_ray.cli.show import (
     best_verb,
     check_verb,
+    compare_verb,
     doctor_verb,
     explain_verb,
     export_verb,
@@ -456,8 +457,13 @@ def _parser() -> ArgumentParser:
     experiment(sub)
     _flag(sub, "--json", "for programs")
 
-    sub = verb("trials", trials_verb, "List the trials of an experiment.")
+    def others(sub: ArgumentParser, nargs: str = "*") -> None:
+        sub.add_argument("others", type=experiment_place, nargs=nargs, metavar="EXPERIMENT",
+                         help="others, side by side with it")  # fmt: skip
+
+    sub = verb("trials", trials_verb, "List the trials of an experiment, or of several.")
     experiment(sub)
+    others(sub)
     sub.add_argument(
         "--sort", default="number", metavar="FIELD[:desc]", help="sort by a metric or a parameter"
     )
@@ -480,9 +486,20 @@ def _parser() -> ArgumentParser:
     _flag(sub, "--json", "for programs")
 
     sub = verb(
-        "report", report_verb, "Write a report on an experiment or a comparison as one HTML page."
+        "compare",
+        compare_verb,
+        "Show sweeps side by side: the best of each, settings that differ, pairs of equal trials.",
+    )
+    sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
+    others(sub, "+")
+
+    sub = verb(
+        "report",
+        report_verb,
+        "Write a report on an experiment or a comparison, or on several sweeps, as one HTML page.",
     )
     experiment(sub)
+    others(sub)
     sub.add_argument(
         "-o",
         "--out",
@@ -491,7 +508,8 @@ def _parser() -> ArgumentParser:
         metavar="FILE",
         help="output file (default: report.html; - or /dev/stdout: standard output)",
     )
-    sub.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as SVG")
+    sub.add_argument("--figures", type=Path, metavar="DIR",
+                     help="also write the figures as SVG, and heat maps as CSV and LaTeX")  # fmt: skip
     sub.add_argument("--confirm", type=experiment_place, action="append", metavar="DIR",
                      help="comparison to include (default: all of this sweep's)")  # fmt: skip
 

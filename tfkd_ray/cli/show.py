@@ -192,6 +192,7 @@ def _describe(space: "Space") -> Sentences:
     yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
         f" after {rungs} epochs" if rungs else ""
     )
+    yield from _grid_lines(space)
     yield from wrapped(
         f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
     )
@@ -209,6 +210,18 @@ def _describe(space: "Space") -> Sentences:
         yield from _parameter_lines(own)
     for run in space.teacher_runs():
         yield from wrapped(f"teacher, once before the trials: {how_made(run)}")
+
+
+def _grid_lines(space: "Space") -> Sentences:
+    """Yield what is done with each combination of a grid; nothing for other samplers."""
+    from tfkd_ray.space.search_config import Grid
+
+    if not isinstance(space.sampler, Grid):
+        return
+    done = "runs its full length, as search.stopping is not set or none"
+    if space.rungs:
+        done = "may be stopped early, as search.stopping says; set it to none for a full table"
+    yield from wrapped(f"every combination is one trial; it {done}")
 
 
 def _parameter_lines(parameters: "list[Parameter]") -> Sentences:
@@ -322,6 +335,7 @@ def trials_verb(args: Namespace) -> int:
             columns=args.columns,
             limit=args.limit,
             output=args.output,
+            others=[experiment_of(place).folder for place in args.others],
         )
     )
     return OK
@@ -381,9 +395,22 @@ def report_verb(args: Namespace) -> int:
     from tfkd_ray.show.python import write_report
 
     for path in write_report(
-        args.experiment, args.out, figures=args.figures, comparisons=args.confirm
+        args.experiment,
+        args.out,
+        figures=args.figures,
+        comparisons=args.confirm,
+        others=args.others,
     ):
         print(path)
+    return OK
+
+
+def compare_verb(args: Namespace) -> int:
+    from tfkd_ray.show.several import read_several, side_by_side_lines
+    from tfkd_ray.store.storage import experiment_of
+
+    several = read_several([experiment_of(p).folder for p in (args.experiment, *args.others)])
+    print(*side_by_side_lines(several), sep="\n")
     return OK
 
 

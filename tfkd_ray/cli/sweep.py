@@ -186,6 +186,7 @@ def _fit_and_print(
 def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print the best trial beside the best baseline; after a full sweep also the next step."""
     from tfkd_ray.show.receipt import receipt_lines
+    from tfkd_ray.space.search_config import Grid
     from tfkd_ray.store.experiment import best, read_records
 
     records = read_records(experiment)
@@ -211,7 +212,8 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     print(f"  tfkd report {where}")
     print(f"  tfkd tensorboard {where}")
     print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
-    if space.search.num_samples is not None:
+    is_grid = isinstance(space.sampler, Grid)  # which has no more combinations
+    if space.search.num_samples is not None and not is_grid:
         print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
     return OK
 

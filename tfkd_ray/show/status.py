@@ -741,7 +741,7 @@ def key_of(row: Row, field: str) -> str | None:
     return field if field in row else next((key for key in row if key.endswith(f".{field}")), None)
 
 
-TEXTS = ("trial", "objective", "status", "reason", "arm")
+TEXTS = ("experiment", "trial", "objective", "status", "reason", "arm")
 """Fields that are always text."""
 
 

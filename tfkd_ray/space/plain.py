@@ -16,8 +16,14 @@ from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.space.ranges import Choices, Path_, Range
-from tfkd_ray.space.search_config import ENDLESS, Grid, SearchConfig
-from tfkd_ray.space.space import SEARCH_RULES, Branch, Parameter, Searched
+from tfkd_ray.space.search_config import ENDLESS, SearchConfig
+from tfkd_ray.space.space import (
+    SEARCH_RULES,
+    Branch,
+    Parameter,
+    Searched,
+    defaults_of_grid,
+)
 
 GROUP = "all"
 """Name of the only group; its study is called STUDY/all."""
@@ -143,9 +149,9 @@ def plain_space(
     record = {"epochs": epochs, "parameters": {p.name: p.domain.tree for p in parameters}}
     branch = Branch(GROUP, template, tuple(sorted(parameters, key=lambda p: p.name)))
     space = PlainSpace((branch,), settings, record, constants)
-    size = space.groups[0].grid_size
-    if isinstance(settings.sampler, Grid) and size and "num_samples" not in search:
-        settings = settings.model_copy(update={"num_samples": size})
+    given = {*search, "stopping"}  # who passes `StudyStopping` to a Tuner asks for early stopping
+    if defaults := defaults_of_grid(space, given):
+        settings = settings.model_copy(update=defaults)
         space = dataclasses.replace(space, search=settings)
     problems = [f"search.{problem}" for rule in SEARCH_RULES for problem in rule(space)]
     if problems:

@@ -103,7 +103,10 @@ class Random(_Sampler):
 
 
 class Grid(_Sampler):
-    """Every combination of choices and steps once, in random order; no more and no fewer trials."""
+    """Every combination of choices and steps once, in random order; no more and no fewer trials.
+
+    Each runs its full length, unless the file sets `search.stopping`.
+    """
 
     priors = False
     name: Literal["grid"] = "grid"
@@ -276,6 +279,7 @@ class SearchConfig(Settings):
     stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = (
         Halving()
     )
+    """Early stopping. With the grid sampler and no explicit value: none."""
     metric: Searchable = "val_accuracy"
     """Validation metric after a trial's last epoch, which is the trial's value; val_ema_accuracy by
     default if all trials have `ema`. NLL and ECE are minimised, others maximised. A list, such as

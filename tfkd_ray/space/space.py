@@ -11,7 +11,7 @@ import copy
 import importlib.util
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -470,11 +470,21 @@ def _with_unlabelled(branches: Sequence[Branch]) -> Branch:
 
 
 def _sized(space: Space) -> SearchConfig:
-    """Return the search settings with the size of the grid as the default of `num_samples`."""
-    search, size = space.search, _grid_size(space)
-    if isinstance(search.sampler, Grid) and "num_samples" not in search.model_fields_set and size:
-        return search.model_copy(update={"num_samples": size})
-    return search
+    """Return the search settings with a grid's own defaults: its size, and no early stopping."""
+    search = space.search
+    return search.model_copy(update=defaults_of_grid(space, search.model_fields_set))
+
+
+def defaults_of_grid(space: Searched, given: Collection[str]) -> Tree:
+    """Return the defaults of a grid's search settings, except of those that are given.
+
+    Each combination is one trial of full length: a table of a grid needs all of its values.
+    """
+    if not isinstance(space.sampler, Grid):
+        return {}
+    size = _grid_size(space)
+    defaults: Tree = {"stopping": NoStopping()} | ({"num_samples": size} if size else {})
+    return {name: value for name, value in defaults.items() if name not in given}
 
 
 def _averages(branch: Branch) -> bool:
