@@ -18,8 +18,11 @@ cores alone. The yardstick, fixed before any comparison was run:
   rate, weight decay and the objective's own settings, by TPE with halving after 5 of 15 epochs. The best of each on
   validation is its arm.
 * Scaled controls: `ce` with the settings of an arm, and the loss times the weight that CE has in that arm.
+* Comparisons: `free` (ce, lsr, reg), `taught` (kd, rekd, self, scaled controls), `curve` (De-KD), `controls` (training
+  twice, more scaled controls), `scale` (omniglot_scale), `patient` (omniglot_patient), `b` (network B).
 * Seeds: 1001 to 1010 for every arm, 1001 to 1005 for De-KD and `patient`. Leads are paired by seed, with 95 % t
-  intervals; nothing is corrected over the claims, and `tfkd confirm` says beside them what holds after Holm.
+  intervals, also across comparisons, whose seeds are the same. Nothing is corrected over the claims; `tfkd confirm`
+  says beside them what holds after Holm.
 
 A claim that an arm is *better* is supported if its interval lies above 0, and not supported if it ends below 0.2
 points, the margin of `tfkd confirm`. A claim that two arms are *equally good* is supported if the interval of the first
@@ -36,14 +39,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.omniglot import Omniglot
 from tfkd_ray.settings.columns import in_columns
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, dump_yaml
 from tfkd_ray.show.plan import plan
 from tfkd_ray.space.space import load_space
-from tfkd_ray.store.experiment import Record, ranked_trials, read_records, selection_metric
+from tfkd_ray.store.experiment import (
+    Record,
+    ranked_trials,
+    read_experiment,
+    read_records,
+    selection_metric,
+)
 from tfkd_ray.verdict.verdict import JudgedArm, Paired, over_seeds, paired
 
 SMALLER = ("teacher.model.width=1", "teacher.epochs=15")
@@ -68,7 +79,8 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "answer": Stage(("tfkd", "kd", "rekd"), 10),
+    "free": Stage(("tfkd",), 10),
+    "taught": Stage(("tfkd", "kd", "rekd"), 10),
     "curve": Stage(("tfkd", "kd", "rekd"), 5),
     "controls": Stage(("tfkd", "kd", "rekd"), 10),
     "scale": Stage((), 10),
@@ -148,6 +160,13 @@ def arms_of(storage: Path, stage: str) -> Tree:
     ce, lsr, reg, own = (
         best(storage, "tfkd", name) for name in ("ce", "lsr", "tfkd_reg", "tfkd_self")
     )
+    if stage == "free":
+        arms = [arm("ce", ce), arm("lsr", lsr), arm("reg", reg)]
+        return {"title": "Omniglot: the best of tfkd_reg against ce and lsr", "arms": arms}
+    if stage == "controls":
+        twice = arm("ce-twice", ce, init="trained", teacher=own.config["teacher"])
+        arms = [{**twice, "role": "baseline"}, scaled("ce-as-reg", reg), scaled("ce-as-self", own)]
+        return {"title": "Omniglot: controls", "arms": arms}
     kd, rekd = best(storage, "kd", "kd"), best(storage, "rekd", "kd")
     if stage == "curve":
         arms = []
@@ -155,14 +174,9 @@ def arms_of(storage: Path, stage: str) -> Tree:
             teacher = {**kd.config["teacher"], "stop_epoch": stop}
             arms.append(arm(f"dekd-{stop}", kd, teacher=teacher, role="reference"))
         return {"title": "Omniglot: KD from poor teachers", "arms": arms}
-    if stage == "controls":
-        twice = arm("ce-twice", ce, init="trained", teacher=own.config["teacher"])
-        arms = [{**twice, "role": "baseline"}, scaled("ce-as-reg", reg), scaled("ce-as-self", own)]
-        return {"title": "Omniglot: controls", "arms": arms}
-    arms = [arm("ce", ce), arm("lsr", lsr), arm("kd", kd), arm("rekd", rekd)]
-    arms += [arm("reg", reg), arm("self", own)]
+    arms = [arm("kd", kd), arm("rekd", rekd), arm("self", own)]
     arms += [scaled("ce-as-kd", kd), scaled("ce-as-rekd", rekd)]
-    return {"title": "Omniglot: the best of each objective", "arms": arms}
+    return {"title": "Omniglot: the best of kd, Re-KD and tfkd_self", "arms": arms}
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -174,12 +188,23 @@ def tfkd(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "tfkd_ray", *words], check=True)
 
 
+def is_over(sweep: Path) -> bool:
+    """Return whether all trials of a sweep have ended."""
+    if not (sweep / "experiment.yaml").exists():
+        return False
+    trials = read_experiment(sweep)["space"]["search"]["num_samples"]
+    states = [record.status for record in read_records(sweep)]
+    return len(states) >= trials and not {*states} & {"running", "interrupted"}
+
+
 def run(storage: Path, stages: list[str], root: str, one: bool) -> None:
     """Run the sweeps and comparisons of some stages, or resume them."""
     data = f"data.root={root}"
     for stage in stages:
         for name in STAGES[stage].sweeps:
             few = ["search.max_concurrent=1"] if one else []
+            if is_over(storage / name):
+                continue
             if (storage / name).is_dir():
                 tfkd("resume", str(storage / name))
             else:
@@ -224,8 +249,9 @@ def planned(root: str) -> Iterator[str]:
         teacher_s[name] = found.teacher_s
     more = 3872 / 2904  # comparisons train on validation, too
     for stage, epochs, arms, teachers in (
-        ("answer", 15, ["tfkd/ce", "tfkd/lsr", "kd/kd", "rekd/kd", "tfkd/tfkd_reg", "tfkd/tfkd_self",
-                        "tfkd/ce", "tfkd/ce"], teacher_s["kd"] + teacher_s["rekd"] + 10 * teacher_s["tfkd"]),
+        ("free", 15, ["tfkd/ce", "tfkd/lsr", "tfkd/tfkd_reg"], 0.0),
+        ("taught", 15, ["kd/kd", "rekd/kd", "tfkd/tfkd_self", "tfkd/ce", "tfkd/ce"],
+         teacher_s["kd"] + teacher_s["rekd"] + 10 * teacher_s["tfkd"]),
         ("curve", 15, ["kd/kd"] * len(STOPS), teacher_s["kd"] * sum(STOPS) / 30),
         ("controls", 15, ["tfkd/ce"] * 3, 0.0),
         ("scale", 15, ["tfkd/ce"] * 13, 0.0),
@@ -245,19 +271,26 @@ def planned(root: str) -> Iterator[str]:
 def ended(storage: Path) -> dict[str, Tree]:
     """Return the arms of all comparisons of network A that have ended, by name."""
     found: dict[str, Tree] = {}
-    for stage in ("answer", "curve", "controls"):
+    for stage in ("free", "taught", "curve", "controls"):
         path = storage / stage / "confirm.json"
         if path.exists():
             for one in json.loads(path.read_text())["arms"]:
-                found.setdefault(one["name"], one)
+                found.setdefault(one["name"], {**one, "folder": path.parent / "trials"})
     return found
 
 
 def judged(one: Tree) -> JudgedArm:
-    """Return an arm of confirm.json, its accuracies as fractions."""
-    runs = [run for run in one["runs"] if "accuracy" in run]
-    seeds = tuple(run["seed"] for run in runs)
-    return JudgedArm(one["name"], seeds, np.array([run["accuracy"] for run in runs]))
+    """Return an arm of confirm.json: which test images each of its runs classified correctly."""
+    seeds, right = [], []
+    for run in one["runs"]:
+        path = one["folder"] / f"{one['name']}-s{run['seed']}" / "test.safetensors"
+        if path.exists():
+            arrays = load_file(path)
+            seeds.append(run["seed"])
+            right.append(arrays["logits"].argmax(axis=1) == arrays["labels"])
+    images = np.array(right)
+    clusters = Omniglot().test_clusters().numpy()
+    return JudgedArm(one["name"], tuple(seeds), images.mean(axis=1), images, clusters)
 
 
 def word(claim: Claim, lead: Paired) -> str:
@@ -284,16 +317,18 @@ def tables(storage: Path) -> Iterator[str]:
         rows.append(f"{one['name']}\t{s.mean:.2f} ± {s.sd:.2f}\t{s.n}\t{nll:.3f}\t{ece:.3f}")
     yield from in_columns(rows, 100)
     yield ""
-    rows = ["claim\tlead, points\t95 %\tn\tverdict"]
+    rows = ["claim\tlead, points\t95 % over seeds\tover images\tn\tverdict"]
     for claim in CLAIMS:
         if not {claim.arm, claim.over} <= found.keys():
-            rows.append(f"{claim.text}\t\t\t\tnot run yet")
+            rows.append(f"{claim.text}\t\t\t\t\tnot run yet")
             continue
         lead = paired(judged(found[claim.arm]), judged(found[claim.over]))
-        interval = f"{100 * lead.low:.2f} to {100 * lead.high:.2f}"
-        n = len(lead.seeds)
-        rows.append(f"{claim.text}\t{100 * lead.lead:+.2f}\t{interval}\t{n}\t{word(claim, lead)}")
-    yield from in_columns(rows, 120)
+        assert lead.images is not None
+        spans = [(lead.low, lead.high), lead.images]
+        low_to_high = [f"{100 * low:.2f} to {100 * high:.2f}" for low, high in spans]
+        cells = [claim.text, f"{100 * lead.lead:+.2f}", *low_to_high, str(len(lead.seeds))]
+        rows.append("\t".join([*cells, word(claim, lead)]))
+    yield from in_columns(rows, 160)
 
 
 def draw(storage: Path, path: Path) -> None:
