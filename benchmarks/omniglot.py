@@ -14,7 +14,7 @@ cores alone. The yardstick, fixed before any comparison was run:
 * Teachers of `kd`: WRN-10-2 of 30 epochs (larger); WRN-10-1 of 15 epochs (smaller: Re-KD); the larger one stopped after
   1, 2, 4, 8 and 16 epochs (De-KD; its schedule spans 30). Each is trained once and shared by all seeds, so what is said
   of kd is conditional on one teacher. A self teacher is trained for each seed.
-* Tuning: 12 trials for each of ce, lsr, tfkd_reg, tfkd_self, kd and kd from the smaller teacher (Re-KD), over learning
+* Tuning: 6 trials for each of ce, lsr, tfkd_reg, tfkd_self, kd and kd from the smaller teacher (Re-KD), over learning
   rate, weight decay and the objective's own settings, by TPE with halving after 5 of 15 epochs. The best of each on
   validation is its arm.
 * Scaled controls: `ce` with the settings of an arm, and the loss times the weight that CE has in that arm.
@@ -51,7 +51,6 @@ from tfkd_ray.space.space import load_space
 from tfkd_ray.store.experiment import (
     Record,
     ranked_trials,
-    read_experiment,
     read_records,
     selection_metric,
 )
@@ -188,13 +187,14 @@ def tfkd(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "tfkd_ray", *words], check=True)
 
 
-def is_over(sweep: Path) -> bool:
+def is_over(storage: Path, name: str) -> bool:
     """Return whether all trials of a sweep have ended."""
-    if not (sweep / "experiment.yaml").exists():
+    if not (storage / name / "experiment.yaml").exists():
         return False
-    trials = read_experiment(sweep)["space"]["search"]["num_samples"]
-    states = [record.status for record in read_records(sweep)]
-    return len(states) >= trials and not {*states} & {"running", "interrupted"}
+    file, *overrides = SWEEPS[name]
+    states = [record.status for record in read_records(storage / name)]
+    ended = sum(status in ("done", "stopped", "failed") for status in states)
+    return ended >= load_space(file, overrides).search.num_samples
 
 
 def run(storage: Path, stages: list[str], root: str, one: bool) -> None:
@@ -203,7 +203,7 @@ def run(storage: Path, stages: list[str], root: str, one: bool) -> None:
     for stage in stages:
         for name in STAGES[stage].sweeps:
             few = ["search.max_concurrent=1"] if one else []
-            if is_over(storage / name):
+            if is_over(storage, name):
                 continue
             if (storage / name).is_dir():
                 tfkd("resume", str(storage / name))
