@@ -109,7 +109,7 @@ CLAIMS = (
     Claim("..., and not by the scale of its loss", "rekd", "ce-as-rekd"),
     Claim("..., and by more than label smoothing", "rekd", "lsr"),
     *(
-        Claim(f"a poor teacher still helps (De-KD, {stop} epochs)", f"dekd-{stop}", "ce")
+        Claim(f"a poor teacher still helps (De-KD: {stop} of 30 epochs)", f"dekd-{stop}", "ce")
         for stop in STOPS
     ),
     Claim("KD is a learned label smoothing: smoothing is as good as KD", "lsr", "kd", equal=True),
