@@ -290,7 +290,7 @@ def test_every_arm_that_the_papers_claims_compare_is_in_a_comparison(
 
     monkeypatch.setitem(bench.arms_of.__globals__, "best", best)
     there = set()
-    for stage in ("free", "taught", "curve", "controls", "b"):
+    for stage in ("free", "own", "taught", "curve", "controls", "b"):
         compared = build_arms(bench.arms_of(Path(), stage), overrides=["resources={}"])
         there |= {arm.name for arm in compared.arms} if stage != "b" else set()
     claimed = {name for claim in bench.CLAIMS for name in (claim.arm, claim.over)}
