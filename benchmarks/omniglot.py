@@ -174,9 +174,11 @@ def arms_of(storage: Path, stage: str) -> Tree:
             arms.append(arm(f"dekd-{stop}", kd, teacher=teacher, role="reference"))
         return {"title": "Omniglot: KD from poor teachers", "arms": arms}
     if stage == "controls":
-        arms = [scaled("ce-as-kd", kd), scaled("ce-as-rekd", rekd)]
-        arms += [scaled("ce-as-reg", reg), scaled("ce-as-self", own)]
-        return {"title": "Omniglot: scaled controls", "arms": arms}
+        distinct: dict[str, Tree] = {}
+        for name, record in (("kd", kd), ("rekd", rekd), ("reg", reg), ("self", own)):
+            control = scaled(f"ce-as-{name}", record)
+            distinct.setdefault(json.dumps({**control, "name": ""}, sort_keys=True), control)
+        return {"title": "Omniglot: scaled controls", "arms": [*distinct.values()]}
     arms = [arm("kd", kd), arm("rekd", rekd)]
     return {"title": "Omniglot: the best of kd and Re-KD", "arms": arms}
 
@@ -279,6 +281,8 @@ def ended(storage: Path) -> dict[str, Tree]:
         if path.exists():
             for one in json.loads(path.read_text())["arms"]:
                 found.setdefault(one["name"], {**one, "folder": path.parent / "trials"})
+    if "ce-as-kd" in found:  # one arm, if both have the same settings
+        found.setdefault("ce-as-rekd", found["ce-as-kd"])
     return found
 
 
