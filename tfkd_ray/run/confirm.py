@@ -703,7 +703,8 @@ def _other_metrics(result: Tree) -> Sentences:
 
 def outcome_table(result: Tree) -> list[str]:
     """Return the outcome as lines of at most 80 columns; accuracies are in per cent."""
-    lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
+    where = f"test split of {result['test']}; trained on {result['trained_on']}"
+    lines = [*wrapped(result["title"]), *wrapped(where)]
     if result["preset"]:
         lines.append(
             f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published"
@@ -716,9 +717,8 @@ def outcome_table(result: Tree) -> list[str]:
     for arm in result["arms"]:
         for run in arm["runs"]:
             if run["status"] != "done":
-                lines.append(
-                    f"{arm['name']}, seed {run['seed']}: {run['status']}: {run.get('reason', '')}"
-                )
+                which = f"{arm['name']}, seed {run['seed']}: {run['status']}"
+                lines += wrapped(f"{which}: {run.get('reason', '')}")
     lines += _other_metrics(result)
     for found in result["verdicts"]:
         lines += ["", f"--- student {found['student']}", *found["text"]]
