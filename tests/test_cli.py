@@ -146,7 +146,7 @@ def test_a_directory_is_no_file(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["check", "mine.yaml", "optm.lr=1"], "optm: no such setting; did you mean 'optim'?"),
         (["check", "mine.yaml", "epochs"], "an override is key.path=value"),
         (["check", "mine.yaml", "--x"], "unrecognized arguments: --x"),
-        (["trials", "mine.yaml", "more"], "unrecognized arguments: more"),
+        (["status", "mine.yaml", "more"], "unrecognized arguments: more"),
         (["tune", "mine.yaml", "--name", "a/b"], "--name a/b: a plain name without slashes"),
         (
             ["tune", "mine.yaml", "data={name: mnist, root: /nowhere}"],

@@ -16,7 +16,7 @@ from tfkd_ray.learn.objectives import PUBLISHED
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.passwords import masked
-from tfkd_ray.settings.schema import members, tag
+from tfkd_ray.settings.schema import members, tag, validated
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
 from tfkd_ray.space.ranges import Choices, Range
 from tfkd_ray.space.relate import not_superset, warm_points
@@ -45,6 +45,32 @@ def test_shipped_spaces_are_valid_and_read_back_the_same(path: Path) -> None:
     assert [b.parameters for b in again.branches] == [b.parameters for b in shipped.branches]
     for values, config in propose(shipped, 3):
         assert all(p in values for p in values) and config.epochs == shipped.epochs
+
+
+SGD_OF_PATIENT = {
+    "the student's": {"objective": "ce", "optim": {"name": "sgd", "lr": {"low": 0.01, "high": 0.1}}},
+    "a teacher's": {
+        "objective": "kd",
+        "teacher": {"model": "cnn", "optim": {"name": "sgd", "lr": 0.1}},
+        "optim": {"lr": {"low": 0.001, "high": 0.01}},
+    },
+    "one of several teachers'": {
+        "objective": "kd",
+        "teacher": [{"model": "cnn", "optim": {"name": "sgd", "lr": 0.1}}, {"model": "cnn", "seed": 1}],
+        "optim": {"lr": {"low": 0.001, "high": 0.01}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tree", SGD_OF_PATIENT.values(), ids=SGD_OF_PATIENT)
+def test_another_optimizer_than_the_recipes_is_read_back_as_what_it_is(
+    tree: dict[str, Any],
+) -> None:
+    first = build_space({"recipe": "patient", **tree})
+    again = build_space(parse_yaml(dump_yaml(first.tree), "again"))
+    assert again.tree == first.tree
+    for config in (branch.example for branch in first.branches):
+        assert validated(TrainConfig, config.tree) == config
 
 
 def test_a_range_proposes_values_within_it_and_of_its_kind() -> None:

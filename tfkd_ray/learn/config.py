@@ -376,7 +376,18 @@ class TrainConfig(Settings):
             tree.pop("ema", None)
         if not self.freeze:
             tree.pop("freeze", None)
+        self._name_optimizers(tree)
         return tree
+
+    def _name_optimizers(self, tree: dict[str, Any]) -> None:
+        """Write `name: sgd`, which is left out else, where the recipe has another optimizer."""
+        recipes = self.data.recipes
+        recipe = recipes[self.recipe] if self.recipe else next(iter(recipes.values()))
+        if recipe.get("optim", {}).get("name", "sgd") == "sgd":
+            return
+        for part in (tree, tree.get("teacher"), *tree.get("teachers", {}).values()):
+            if part and part.get("optim"):
+                part["optim"].setdefault("name", "sgd")
 
     @field_validator("precision")
     @classmethod
