@@ -69,7 +69,8 @@ def warm_points(space: Space) -> list[WarmPoint]:
 def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
     """Return a group's `warm_points`.
 
-    Published settings: objectives in turn, at most a quarter of its trials.
+    Published settings: objectives in turn, one for each objective, and at most a quarter of the
+    trials if that is more.
     """
     named, _ = own_points(space.branches, space.search.points)
     here = {branch.objective for branch in group.branches}
@@ -80,7 +81,8 @@ def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
     for row in itertools.zip_longest(*map(_published, group.branches)):
         in_turn += [point for point in row if point is not None]
     share, known = share_of(space), [(p.objective, p.values) for p in own]
-    new = [p for p in in_turn[: share // 4] if (p.objective, p.values) not in known]
+    most = max(len(group.branches), share // 4)
+    new = [p for p in in_turn[:most] if (p.objective, p.values) not in known]
     return [*own, *new][:share]
 
 

@@ -270,8 +270,8 @@ class SearchConfig(Settings):
     as the rest."""
     sampler: Annotated[Sampler, Field(discriminator="name"), BeforeValidator(name_alone)] = Tpe()
     warm_start: bool = True
-    """Try published settings first if they lie in the space; at most a quarter of an objective's
-    trials."""
+    """Try published settings first if they lie in the space: one of each objective, and at most a
+    quarter of its trials if that is more."""
     points: tuple[dict[str, Any], ...] = ()
     """Trials to run first, before the published settings: a list of partial settings, each of one
     objective, such as {objective: kd, optim.lr: 0.05}. Searched settings that a point leaves out take
