@@ -1,0 +1,374 @@
+"""Pausing halving: the rule alone, and with studies; no deadlock, no trial lost, exact after a kill."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.space.pausing import Action, Entrant, next_action, promotable
+from tfkd_ray.space.space import Space, build_space
+
+RUNGS = [3, 9]
+EPOCHS = 27
+
+
+class Sweep:
+    """A sweep of trials that are numbers, by the rule alone.
+
+    Args:
+        of: value of (trial, epoch); None: the trial fails there.
+        groups: trial n is in group n modulo this.
+    """
+
+    def __init__(
+        self,
+        of: Callable[[int, int], float | None],
+        trials: int,
+        *,
+        groups: int = 1,
+        slots: int = 1,
+        factor: int = 3,
+    ) -> None:
+        self.of, self.trials, self.slots, self.factor = of, trials, slots, factor
+        self.groups: list[dict[int, Entrant]] = [{} for _ in range(groups)]
+        self.live: dict[int, int] = {}
+        self.epochs: Counter[int] = Counter()
+        self.promoted: list[tuple[int, int]] = []
+
+    def action(self) -> Action:
+        """Return what the rule says now."""
+        begun = sum(map(len, self.groups))
+        return next_action(
+            [group.values() for group in self.groups],
+            RUNGS,
+            self.factor,
+            maximize=True,
+            to_start=self.trials - begun,
+        )
+
+    def run(self, order: random.Random | None = None) -> "Sweep":
+        """Run to the end; with `order`, trials report in a random order."""
+        while True:
+            while len(self.live) < self.slots and (action := self.action()).what in (
+                "start",
+                "promote",
+            ):
+                self._begin(action)
+            if not self.live:
+                assert self.action().what == "end", "the rule waits, and nothing runs"
+                return self
+            live = list(self.live)
+            self._epoch(order.choice(live) if order else live[0])
+
+    def _begin(self, action: Action) -> None:
+        if action.what == "promote":
+            n, before = action.number, self.groups[action.number % len(self.groups)]
+            assert before[n].state == "paused" and before[n].rung == action.rung
+            before[n] = replace(before[n], state="running")
+            self.promoted.append((n, action.rung))
+            self.live[n] = action.rung
+        else:
+            n = sum(map(len, self.groups))
+            self.groups[n % len(self.groups)][n] = Entrant(n, "running")
+            self.live[n] = 0
+
+    def _epoch(self, n: int) -> None:
+        group, epoch = self.groups[n % len(self.groups)], self.live[n] + 1
+        self.live[n], value = epoch, self.of(n, epoch)
+        self.epochs[n] += 1
+        if value is None:
+            group[n] = replace(group[n], state="over")
+        elif epoch == EPOCHS:
+            group[n] = replace(group[n], state="whole")
+        elif epoch in RUNGS:
+            values = {**group[n].values, epoch: value}
+            group[n] = replace(group[n], state="paused", values=values, rung=epoch)
+        if group[n].state != "running":
+            del self.live[n]
+
+    def whole(self) -> list[int]:
+        """Return the trials of full length."""
+        return [n for group in self.groups for n, e in group.items() if e.state == "whole"]
+
+
+def drawn(seed: int, *, ties: bool = False, fails: float = 0.0, nan: float = 0.0) -> Any:
+    """Return values of trials: random ones, equal for all epochs of a trial or not."""
+
+    def of(n: int, epoch: int) -> float | None:
+        g = random.Random(f"{seed} {n} {epoch}")
+        if g.random() < fails:
+            return None
+        if g.random() < nan:
+            return math.nan
+        return float(g.randrange(3)) if ties else g.random()
+
+    return of
+
+
+def test_200_paused_trials_on_2_slots_never_wait_for_each_other() -> None:
+    for seed in range(5):
+        sweep = Sweep(drawn(seed), 200, groups=4, slots=2).run(random.Random(seed))
+        assert sum(map(len, sweep.groups)) == 200 and not sweep.live
+        assert {n % 4 for n in sweep.whole()} == {0, 1, 2, 3}
+    together = Sweep(drawn(0), 200, slots=2)  # all pause before anything is promoted
+    together.groups[0] = {n: Entrant(n, "paused", {3: float(n)}, 3) for n in range(200)}
+    together.run()
+    assert {n for n, rung in together.promoted if rung == 3} == set(range(134, 200))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_trials_do_a_sweep_ends_and_the_best_third_of_each_rung_has_gone_on(
+    seed: int,
+) -> None:
+    g = random.Random(seed)
+    of = drawn(seed, ties=seed % 3 == 0, fails=g.choice([0, 0.02]), nan=g.choice([0, 0.1]))
+    factor, groups = g.choice([2, 3, 4]), g.choice([1, 2, 5])
+    trials, slots = g.randrange(1, 40), g.choice([1, 2, 8])
+    sweep = Sweep(of, trials, groups=groups, slots=slots, factor=factor).run(g)
+    assert max(sweep.epochs.values()) <= EPOCHS, "no epoch is trained twice"
+    for group in sweep.groups:
+        for rung in RUNGS:
+            came = [e for e in group.values() if rung in e.values]
+            best = sorted(
+                (e for e in came if not math.isnan(e.values[rung])),
+                key=lambda e: (-e.values[rung], e.number),
+            )[: len(came) // factor]
+            assert all(e.state != "paused" or e.rung > rung for e in best)
+        waits = [e for e in group.values() if e.state == "paused"]
+        hopeful = [e for e in waits if not math.isnan(e.values[e.rung])]
+        assert any(e.state == "whole" for e in group.values()) or not hopeful
+
+
+def test_every_objective_ends_with_a_full_length_trial_however_few_trials_it_has() -> None:
+    for trials in range(1, 12):
+        sweep = Sweep(drawn(trials), trials, groups=min(trials, 3)).run()
+        assert {n % min(trials, 3) for n in sweep.whole()} == set(range(min(trials, 3)))
+
+
+def test_equal_values_go_on_by_number_and_no_more_than_a_third() -> None:
+    group = [Entrant(n, "paused", {3: 0.5}, 3) for n in range(8)]
+    assert [e.number for e in promotable(group, 3, 3, maximize=True)] == [0, 1]
+    assert [e.number for e in promotable(group, 3, 3, maximize=False)] == [0, 1]
+
+
+def test_the_metric_decides_which_way_is_better() -> None:
+    group = [Entrant(n, "paused", {3: float(n)}, 3) for n in range(3)]
+    for maximize, best in ((True, 2), (False, 0)):
+        found = next_action([group], RUNGS, 3, maximize=maximize, to_start=5)
+        assert found == Action("promote", best, 3)
+
+
+def test_a_trial_without_a_value_at_a_rung_never_goes_on_and_counts_there() -> None:
+    group = [Entrant(n, "paused", {3: math.nan}, 3) for n in range(5)]
+    assert next_action([group], RUNGS, 3, maximize=True, to_start=0) == Action("end")
+    group.append(Entrant(5, "paused", {3: 0.0}, 3))
+    assert [e.number for e in promotable(group, 3, 3, maximize=True)] == [5]
+
+
+def test_where_the_promoted_trial_fails_the_next_best_goes_on() -> None:
+    def of(n: int, epoch: int) -> float | None:
+        return None if n >= 4 and epoch > 3 else float(n)
+
+    sweep = Sweep(of, 6).run()
+    assert sweep.whole() and set(sweep.whole()) <= {0, 1, 2, 3}
+
+
+def test_objectives_are_judged_among_themselves() -> None:
+    good = [Entrant(n, "paused", {3: 0.9}, 3) for n in range(3)]
+    poor = [Entrant(n, "paused", {3: 0.1}, 3) for n in range(3, 6)]
+    found = [next_action([good], RUNGS, 3, maximize=True, to_start=1)]
+    found.append(next_action([poor], RUNGS, 3, maximize=True, to_start=1))
+    assert found == [Action("promote", 0, 3), Action("promote", 3, 3)]
+
+
+# --- with studies
+
+
+def space(**search: Any) -> Space:
+    return build_space(
+        {
+            "student": {"name": "mlp", "hidden": [8]},
+            "data": {"name": "digits"},
+            "epochs": 9,
+            "objective": ["ce", {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}],
+            "optim": {"lr": {"low": 0.01, "high": 1, "log": True}},
+            "search": {"num_samples": 16, "stopping": "pausing", **search},
+        }
+    )
+
+
+class Driver:
+    """Runs trials of a searcher one after another, with Tune's calls, and remembers checkpoints.
+
+    Args:
+        dies: raises `Killed` before the k-th call, for every k in turn.
+    """
+
+    class Killed(Exception):
+        pass
+
+    def __init__(self, journal: Path, at: Space, done: Counter[tuple[int, int]]) -> None:
+        self.searcher = OptunaSearcher(at, journal)
+        self.stopping = StudyStopping(self.searcher)
+        self.done, self.calls, self.dies_at = done, 0, -1
+        self.paused: dict[str, dict[str, Any]] = {}
+
+    def call(self, function: Callable[..., Any], *given: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise self.Killed
+        return function(*given)
+
+    def run(self, dies_at: int = -1) -> list[tuple[int, str]]:
+        """Run to the end; return (number, how it went) in order."""
+        self.dies_at, events, asked = dies_at, list[tuple[int, str]](), 0
+        while True:
+            name = self.call(self.searcher.promoted)
+            if name:
+                config = self.paused.pop(name)
+            else:
+                name = f"id{asked}"
+                config = self.call(self.searcher.suggest, name)
+                if config == Searcher.FINISHED:
+                    return events
+                assert isinstance(config, dict), "one trial at a time, and the search waits"
+            asked += 1
+            events.append((config["trial"]["number"], self.trial(name, config)))
+
+    def trial(self, name: str, config: dict[str, Any]) -> str:
+        about, lr, result = config["trial"], config["optim"]["lr"], dict[str, Any]()
+        for epoch in range(1, about["epochs"] + 1):
+            self.done[about["number"], epoch] += 1
+            result = {"epoch": epoch, "val_accuracy": 1 - abs(lr - 0.1) - 1 / (epoch + 1)}
+            told = self.call(self.stopping.on_trial_result, None, _Tuned(name), result)
+            self.call(self.searcher.on_trial_result, name, result)
+            if told == TrialScheduler.PAUSE:
+                self.call(self.searcher.pause, name)
+                self.paused[name] = config
+                return f"paused at {epoch}"
+        self.call(self.searcher.on_trial_complete, name, {**result, "done": True})
+        return "whole"
+
+
+class _Tuned:
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+def ends(searcher: OptunaSearcher) -> dict[int, tuple[str, float, float]]:
+    """Return (state, learning rate, last epoch) of each trial, by number: of its last attempt."""
+    found = {}
+    for study in searcher.studies():
+        for t in study.trials:
+            lr = t.params["optim.lr"]
+            found[t.user_attrs["number"]] = (t.state.name, lr, t.last_step or 0)
+    return found
+
+
+def test_a_search_pauses_promotes_and_ends_with_every_objective_of_full_length(
+    tmp_path: Path,
+) -> None:
+    driver = Driver(tmp_path / "journal", space(), Counter())
+    events = driver.run()
+    found = ends(driver.searcher)
+    assert len(found) == 16 and {state for state, _, _ in found.values()} == {"PRUNED", "COMPLETE"}
+    whole = [n for n, (state, _, _) in found.items() if state == "COMPLETE"]
+    assert {n % 2 for n in whole} == {0, 1} and len(whole) < 6
+    assert Counter(n for n, _ in events).most_common(1)[0][1] <= 3, "paused twice at most"
+    assert driver.searcher.paused() == set() and driver.searcher.next_action().what == "end"
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_driver_that_dies_at_any_moment_changes_no_trial(tmp_path: Path, sampler: str) -> None:
+    at = space(num_samples=10, sampler=sampler)
+    whole = Driver(tmp_path / "whole", at, Counter())
+    whole.run()
+    expected, calls = ends(whole.searcher), whole.calls
+    for k in range(1, calls + 1, 5):  # a killed driver's calls are every fifth one
+        journal, done = tmp_path / f"killed at {k}", Counter[tuple[int, int]]()
+        with pytest.raises(Driver.Killed):
+            Driver(journal, at, done).run(dies_at=k)
+        resumed = Driver(journal, at, done)
+        resumed.run()
+        assert ends(resumed.searcher) == expected, k
+
+
+def test_what_a_search_remembers_of_its_rungs_is_what_its_study_holds(tmp_path: Path) -> None:
+    driver = Driver(tmp_path / "journal", space(), Counter())
+    checked = 0
+    original = driver.call
+
+    def call(function: Callable[..., Any], *given: Any) -> Any:
+        nonlocal checked
+        found = original(function, *given)
+        if driver.calls % 9 == 0:
+            checked += 1
+            fresh = OptunaSearcher(space(), tmp_path / "journal")
+            fresh.waiting()  # reads the study
+            kept = {n: e for group in driver.searcher._entrants for n, e in group.items()}
+            read = {n: e for group in fresh._entrants for n, e in group.items()}
+            assert {n: (e.state, dict(e.values)) for n, e in kept.items()} == {
+                n: (e.state, dict(e.values)) for n, e in read.items()
+            }
+        return found
+
+    driver.call = call  # type: ignore[method-assign]
+    driver.run()
+    assert checked > 5
+
+
+def test_more_trials_of_an_ended_search_leave_its_paused_trials_as_they_are(
+    tmp_path: Path,
+) -> None:
+    first = Driver(tmp_path / "journal", space(num_samples=12), Counter())
+    first.run()
+    before = ends(first.searcher)
+    second = Driver(tmp_path / "journal", space(num_samples=18), Counter())
+    second.run()
+    after = ends(second.searcher)
+    assert len(after) == 18 and {n: after[n] for n in before} == before
+
+
+def test_concurrent_trials_are_those_that_run_not_those_that_are_paused(tmp_path: Path) -> None:
+    driver = Driver(tmp_path / "journal", space(), Counter())
+    searcher = driver.searcher
+    assert searcher.set_max_concurrency(1)
+    config = searcher.suggest("a")
+    assert isinstance(config, dict) and searcher.suggest("b") is None
+    assert driver.trial("a", config) == "paused at 1"
+    assert isinstance(searcher.suggest("b"), dict)
+    assert not OptunaSearcher(space(stopping="halving"), tmp_path / "j").set_max_concurrency(1)
+
+
+def test_a_sampler_sees_a_trial_once_however_often_it_went_on(tmp_path: Path) -> None:
+    from tfkd_ray.run.studies import Settled
+
+    driver = Driver(tmp_path / "journal", space(), Counter())
+    driver.run()
+    for study in driver.searcher.studies():
+        seen = Settled(study.sampler, study.study_name, driver.searcher.optuna_storage())
+        numbers = [t.user_attrs["number"] for t in seen._study.trials]
+        all_numbers = [t.user_attrs["number"] for t in study.trials]
+        assert len(numbers) == len(set(numbers)) == len(set(all_numbers)) < len(all_numbers)
+        assert any(t.state.name == "COMPLETE" for t in seen._study.trials)
+
+
+def test_pausing_is_refused_where_trials_cannot_be_resumed_or_there_are_several_metrics(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match="pausing judges by one metric"):
+        space(metric=["val_accuracy", "val_ece"])
+    with pytest.raises(ConfigError, match="pausing needs trials of this package"):
+        OptunaSearcher(
+            {"x": tune.uniform(0, 1)}, tmp_path / "j", epochs=9, search={"stopping": "pausing"}
+        )
