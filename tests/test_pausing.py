@@ -13,10 +13,15 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
+from tfkd_ray.run.studies import Settled
+from tfkd_ray.run.tune import build_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.space.pausing import Action, Entrant, next_action, promotable
 from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.experiment import Record, read_records
 
 RUNGS = [3, 9]
 EPOCHS = 27
@@ -351,8 +356,6 @@ def test_concurrent_trials_are_those_that_run_not_those_that_are_paused(tmp_path
 
 
 def test_a_sampler_sees_a_trial_once_however_often_it_went_on(tmp_path: Path) -> None:
-    from tfkd_ray.run.studies import Settled
-
     driver = Driver(tmp_path / "journal", space(), Counter())
     driver.run()
     for study in driver.searcher.studies():
@@ -372,3 +375,75 @@ def test_pausing_is_refused_where_trials_cannot_be_resumed_or_there_are_several_
         OptunaSearcher(
             {"x": tune.uniform(0, 1)}, tmp_path / "j", epochs=9, search={"stopping": "pausing"}
         )
+
+
+# --- on Ray
+
+TREE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 9,
+    "checkpoint_every_s": 1000,
+    "objective": "ce",
+    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+    "search": {"num_samples": 9, "stopping": "pausing", "sampler": "random", "max_concurrent": 2},
+}
+
+
+class Watch(tune.Callback):  # type: ignore[misc]
+    """Counts starts of trials, and the most that ran or were paused at a time."""
+
+    def __init__(self) -> None:
+        self.starts: Counter[int] = Counter()
+        self.most = {"RUNNING": 0, "PAUSED": 0}
+        self.results: Counter[tuple[int, int]] = Counter()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.starts[trial.config["trial"]["number"]] += 1
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for status in self.most:
+            now = sum(t.status == status for t in trials)
+            self.most[status] = max(self.most[status], now)
+
+
+def metrics_of(records: list[Record]) -> dict[int, list[dict[str, float]]]:
+    """Return the metrics of trials by number, without times."""
+    times = ("seconds", "images_per_s")
+    return {
+        r.number: [{k: v for k, v in m.items() if k not in times} for m in r.metrics]
+        for r in records
+    }
+
+
+def whole_run(config: dict[str, Any]) -> list[dict[str, float]]:
+    """Return the metrics of a configuration that was never paused."""
+    times = ("seconds", "images_per_s")
+    epochs = train(TrainConfig.model_validate(config))
+    return [{k: v for k, v in e.metrics.items() if k not in times} for e in epochs]
+
+
+@pytest.mark.ray
+def test_a_paused_trial_goes_on_bit_by_bit_and_all_of_them_end(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    watch = Watch()
+    grid = build_tuner(TREE, name="e", storage=tmp_path, callbacks=[watch]).fit()
+    records = read_records(tmp_path / "e")
+    assert len(grid) == 9 and grid.num_errors == 0, "one trial of Ray's for each"
+    assert Counter(r.status for r in records) == {
+        "stopped": 9 - len(done(records)),
+        "done": len(done(records)),
+    }
+    assert done(records) and max(watch.starts.values()) >= 2
+    assert watch.most["PAUSED"] >= 2 and watch.most["RUNNING"] <= 2
+    for record in records:
+        expected = whole_run(record.config)
+        assert metrics_of([record])[record.number] == expected[: len(record.metrics)]
+        assert len(record.metrics) in (1, 3, 9)
+        left = {p.name for p in record.folder.iterdir()}
+        kept = {"trial.json", "metrics.jsonl", "result.json"}
+        assert left == kept | ({"student.safetensors"} if record.status == "done" else set())
+
+
+def done(records: list[Record]) -> list[Record]:
+    return [r for r in records if r.status == "done"]

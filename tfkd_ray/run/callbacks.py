@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Recorder(Listener):
     ) -> None:
         self._lines: dict[str, list[str]] = {}
         self._begun: set[str] = set()
+        self._paused: set[str] = set()
         self._over: list[Path] = []
         self._losses, self._budget, self._note = losses, budget, on_note or to_stderr
 
@@ -78,6 +80,7 @@ class Recorder(Listener):
         self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
         self._make(trial)  # without a half-written line that a crash left
         self._begun.add(trial.trial_id)
+        self._paused.discard(trial.trial_id)
         for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
             (folder / left).unlink(missing_ok=True)
         self._write(trial, "running")
@@ -122,9 +125,14 @@ class Recorder(Listener):
         ):  # before the study is updated: a crash between them repeats the end, never loses it
             self._end(trial, result)
 
+    def on_pause(self, trial: Any) -> None:
+        self._paused.add(trial.trial_id)
+        self._write(trial, "paused")
+
     def on_end(self, trial: Any) -> None:
         """Drop the run states once the study has the result, except of failed trials."""
         result = trial.last_result or {}
+        self._begun.discard(trial.trial_id)
         self._end(trial, result)
         self._lines.pop(trial.trial_id, None)
         if not result.get("failed"):
@@ -146,7 +154,7 @@ class Recorder(Listener):
             _drop_states(folder)
         for trial in trials:
             ended = trial.status == "ERROR" or (trial.last_result or {}).get("done")
-            if trial.trial_id in self._begun and not ended:
+            if trial.trial_id in self._begun - self._paused and not ended:
                 self._write(trial, "interrupted", self._budget and self._budget.reason)
 
     def _folder(self, trial: Any) -> Path:
@@ -275,6 +283,9 @@ class Losses(Listener):
 
     def on_result(self, trial: Any, result: Tree) -> None:
         self._since[trial.trial_id] = self._clock(), trial
+
+    def on_pause(self, trial: Any) -> None:
+        self._since.pop(trial.trial_id, None)
 
     def on_end(self, trial: Any) -> None:
         for known in (self._since, self._again, self._epoch, self._began):
@@ -435,7 +446,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         if self.reason is None and self._searcher is not None:
             reason = over_budget(self._limits, self.spent())
-            if reason and self._searcher.remaining() + self._searcher.open_trials() > 0:
+            if reason and not self._searcher.is_over():
                 self.reason = reason
                 if self._on_budget is not None:
                     self._on_budget(reason)
@@ -461,8 +472,11 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def on_end(self, trial: Any) -> None:
         self._since.pop(trial.trial_id, None)
 
+    def on_pause(self, trial: Any) -> None:
+        self.on_lost(trial)
+
     def on_lost(self, trial: Any) -> None:
-        """Count the time that the lost process held its resources since its last report."""
+        """Count the time that a process held its resources since the last report."""
         self._told += self._clock() - self._since.pop(trial.trial_id, self._clock())
 
     def on_failed(self, trial: Any) -> None:
@@ -472,6 +486,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def on_close(self, trials: Sequence[Any]) -> None:
         self._write()
         if self._searcher is not None:
+            _end_paused(self._experiment, self._searcher)
             self._searcher.close()
 
     def _held(self, now: float) -> float:
@@ -489,6 +504,19 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     def __getstate__(self) -> Tree:
         return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
+
+
+def _end_paused(experiment: Path, searcher: OptunaSearcher) -> None:
+    """Record as stopped what an earlier session paused, and this one has ended without it."""
+    if not searcher.pauses:
+        return
+    for folder in trials_folder(experiment).glob("*"):
+        if not (folder / "trial.json").exists():
+            continue
+        record = read_record(folder)
+        if record.status == "paused" and record.number not in searcher.paused():
+            write_record(replace(record, status="stopped"))
+            _drop_states(folder)
 
 
 class SoftLabels(Listener):

@@ -524,7 +524,6 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def paused(self) -> set[int]:
         """Return the numbers of the trials that are paused and may go on."""
-        self._open()
         return {n for group in self._entrants for n, e in group.items() if e.state == "paused"}
 
     def _attempt(self, n: int, rung: int) -> int:
@@ -673,14 +672,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if len(told) != len(metrics) or not all(is_number(v) for v in told):
             raise ConfigError(f"add_evaluated_point: a number for each of {metrics}, got {value!r}")
 
+    def is_over(self) -> bool:
+        """Return True if no trial runs, and none will."""
+        return not self._live and self.next_action().what == "end"
+
     def waiting(self) -> set[int]:
         """Return the numbers of the trials that will be proposed again."""
         self._open()
         return set(self._todo)
-
-    def open_trials(self) -> int:
-        """Return the number of proposed trials that have not ended."""
-        return len(self._live)
 
     def known(self) -> dict[int, str]:
         """Return the names of all trials in the studies, by number."""

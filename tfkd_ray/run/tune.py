@@ -585,7 +585,7 @@ def _tuner(
         mode=None if told else tune_config.mode or space.search.mode,
         search_alg=searcher,
         scheduler=tune_config.scheduler or _scheduler(space, searcher),
-        num_samples=max(1, trials),
+        num_samples=-1 if searcher.pauses else max(1, trials),  # who goes on is not known before
         max_concurrent_trials=(
             space.search.max_concurrent
             if tune_config.max_concurrent_trials is None
@@ -758,6 +758,7 @@ class Room(ConcurrencyLimiter):  # type: ignore[misc]
         if time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
             self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
+            self.searcher.set_max_concurrency(self.max_concurrent)
         found: Tree | None = super().suggest(trial_id)
         return found
 
