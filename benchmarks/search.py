@@ -71,9 +71,17 @@ class Surrogate:
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
         """Return the curve of a configuration."""
-        alike = ((self._guess - self.forest.predict(at[None])) ** 2).sum(axis=1).argsort()[:DONORS]
+        alike = ((self._guess - self.predicted(at)) ** 2).sum(axis=1).argsort()[:DONORS]
         curve: np.ndarray = self._curves[alike[((self._x[alike] - at) ** 2).sum(axis=1).argmin()]]
         return curve
+
+    def predicted(self, at: np.ndarray) -> np.ndarray:
+        """Return the forest's curve of one configuration, without scikit-learn's preparations."""
+        x = at[None].astype(np.float32)
+        found: np.ndarray = np.zeros(self._curves.shape[1])
+        for tree in self.forest.estimators_:
+            found += tree.tree_.predict(x)[0, :, 0]
+        return found / len(self.forest.estimators_)
 
     def drawn(self, rng: np.random.Generator) -> np.ndarray:
         """Return the curve of a random run."""
@@ -94,7 +102,7 @@ class World:
     def known(self, objective: str, parameters: dict[str, Any]) -> float:
         """Return a configuration's final value by the forest, without the noise of a run."""
         at = np.array(places(self._parameters[objective], parameters))
-        return float(self._of[objective].forest.predict(at[None])[0, -1])
+        return float(self._of[objective].predicted(at)[-1])
 
     def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
         """Return validation accuracies after every epoch; NaN from where training diverges."""

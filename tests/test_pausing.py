@@ -13,12 +13,14 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from tfkd_ray.learn.checkpoint import LAST
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
-from tfkd_ray.run.studies import Settled
-from tfkd_ray.run.tune import build_tuner
+from tfkd_ray.run.studies import EachOnce
+from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.status import status, status_lines
 from tfkd_ray.space.pausing import Action, Entrant, next_action, promotable
 from tfkd_ray.space.space import Space, build_space
 from tfkd_ray.store.experiment import Record, read_records
@@ -359,7 +361,7 @@ def test_a_sampler_sees_a_trial_once_however_often_it_went_on(tmp_path: Path) ->
     driver = Driver(tmp_path / "journal", space(), Counter())
     driver.run()
     for study in driver.searcher.studies():
-        seen = Settled(study.sampler, study.study_name, driver.searcher.optuna_storage())
+        seen = EachOnce(study.sampler, study.study_name, driver.searcher.optuna_storage())
         numbers = [t.user_attrs["number"] for t in seen._study.trials]
         all_numbers = [t.user_attrs["number"] for t in study.trials]
         assert len(numbers) == len(set(numbers)) == len(set(all_numbers)) < len(all_numbers)
@@ -447,3 +449,65 @@ def test_a_paused_trial_goes_on_bit_by_bit_and_all_of_them_end(
 
 def done(records: list[Record]) -> list[Record]:
     return [r for r in records if r.status == "done"]
+
+
+@pytest.mark.ray
+def test_a_budget_may_end_with_all_paused_and_a_gone_checkpoint_is_said_and_made_again(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    search = {**TREE["search"], "max_concurrent": 1}
+    whole = build_tuner({**TREE, "search": search}, name="whole", storage=tmp_path)
+    whole.fit()
+    expected = metrics_of(read_records(tmp_path / "whole"))
+
+    class Stop(tune.Callback):  # type: ignore[misc]
+        """Ends the sweep when seven trials have paused or ended."""
+
+        def __init__(self) -> None:
+            self.over = False
+
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            self.over = len(trials) >= 2 and all(t.status != "RUNNING" for t in trials)
+
+    class Over(tune.Stopper):  # type: ignore[misc]
+        def __init__(self, of: Stop) -> None:
+            self.of = of
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return self.of.over
+
+    stop = Stop()
+    build_tuner(
+        {**TREE, "search": search},
+        name="e",
+        storage=tmp_path,
+        callbacks=[stop],
+        run_config=tune.RunConfig(stop=Over(stop)),
+    ).fit()
+    experiment = tmp_path / "e"
+    paused = [r for r in read_records(experiment) if r.status == "paused"]
+    assert paused and not done(read_records(experiment))
+    best = max(paused, key=lambda r: (r.last["epoch"], r.last["val_accuracy"]))
+    found = status(experiment)
+    assert found["state"] == "interrupted" and found["trials"]["paused"] == len(paused)
+    assert found["ahead"]["trial"] == best.name
+    said = f"best of the highest rung: {best.name}, val_accuracy {best.last['val_accuracy']:.4f}"
+    assert any(line.startswith(said) for line in status_lines(found))
+    for record in paused:
+        assert (record.folder / LAST).exists()
+        (record.folder / LAST).unlink()
+    notes: list[str] = []
+    resume_tuner(experiment, on_note=notes.append).fit()
+    records = read_records(experiment)
+    assert metrics_of(records) == expected
+    assert {r.status for r in records} == {"done", "stopped"}
+    went_on = [r for r in paused if len(expected[r.number]) > len(r.metrics)]
+    for record in went_on:
+        assert any(
+            note.startswith(f"{record.name}: its checkpoint of epoch") and "gone" in note
+            for note in notes
+        )
+    assert not list(experiment.glob("trials/*/*.ckpt"))

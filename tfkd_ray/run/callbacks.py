@@ -70,6 +70,7 @@ class Recorder(Listener):
         self._lines: dict[str, list[str]] = {}
         self._begun: set[str] = set()
         self._paused: set[str] = set()
+        self._go_on: dict[str, int] = {}
         self._over: list[Path] = []
         self._losses, self._budget, self._note = losses, budget, on_note or to_stderr
 
@@ -77,6 +78,8 @@ class Recorder(Listener):
         folder = self._folder(trial)
         self._make_again(trial)
         metrics = read_metrics(folder)
+        if (folder / "trial.json").exists() and read_record(folder).status == "paused":
+            self._go_on[trial.trial_id] = len(metrics)
         self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
         self._make(trial)  # without a half-written line that a crash left
         self._begun.add(trial.trial_id)
@@ -119,7 +122,26 @@ class Recorder(Listener):
         if again and not metrics.get("done"):
             self._write(trial, "running")
 
+    def _check_goes_on(self, trial: Any, result: Tree) -> None:
+        """Report a trial that was paused and trains known epochs again, for want of a checkpoint.
+
+        Epochs that a checkpoint remembers are reported again with the durations that they had.
+        """
+        known, epoch = self._go_on.get(trial.trial_id, 0), result.get("epoch", 0)
+        if epoch >= known or result.get("failed"):
+            self._go_on.pop(trial.trial_id, None)
+        if not 1 <= epoch <= known:
+            return
+        before = json.loads(self._lines[trial.trial_id][int(epoch) - 1])
+        if before.get("seconds") != result.get("seconds"):
+            self._go_on.pop(trial.trial_id, None)
+            self._note(
+                f"{self._folder(trial).name}: its checkpoint of epoch {known}, where it paused, is gone or damaged; it "
+                f"trains again from epoch {epoch:.0f}"
+            )
+
     def on_result(self, trial: Any, result: Tree) -> None:
+        self._check_goes_on(trial, result)
         if result.get(
             "done"
         ):  # before the study is updated: a crash between them repeats the end, never loses it

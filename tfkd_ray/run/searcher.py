@@ -40,7 +40,7 @@ from tfkd_ray.run.priors import Prior, prior_trials
 from tfkd_ray.run.studies import (
     REPLACED,
     SAVED,
-    Settled,
+    EachOnce,
     close_storage,
     database,
     drop_stale_locks,
@@ -298,7 +298,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if number is None:
             sampler = self._sampler(n, g, k)
             study.sampler = (
-                Settled(sampler, study.study_name, self._storage) if self.pauses else sampler
+                EachOnce(sampler, study.study_name, self._storage) if self.pauses else sampler
             )
             trial, reported = study.ask(), set[int]()
             if isinstance(self.space.stopping, Hyperband):

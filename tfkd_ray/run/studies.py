@@ -250,7 +250,7 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
         raise AssertionError("only read here")
 
 
-class Settled(BaseSampler):  # type: ignore[misc]
+class EachOnce(BaseSampler):  # type: ignore[misc]
     """A sampler that sees each trial of a study once: what is known of it, not its attempts.
 
     A trial that was paused and goes on is a second attempt in its study. The sampler sees the last
@@ -258,7 +258,7 @@ class Settled(BaseSampler):  # type: ignore[misc]
     """
 
     def __init__(self, sampler: BaseSampler, study: str, storage: BaseStorage) -> None:
-        self._sampler, seen = sampler, _Settled(storage)
+        self._sampler, seen = sampler, _EachOnce(storage)
         self._study = Study(study, seen, sampler=sampler)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Any:
@@ -274,7 +274,7 @@ class Settled(BaseSampler):  # type: ignore[misc]
         self._sampler.before_trial(self._study, trial)
 
 
-class _Settled:
+class _EachOnce:
     """A storage that hides attempts whose trial has a later one, or, while that runs, the later."""
 
     def __init__(self, storage: BaseStorage) -> None:

@@ -68,7 +68,7 @@ def next_action(
         if states & {"running", "whole"}:
             continue
         for rung in reversed(rungs):
-            for e in ranked(group, rung, maximize=maximize):
+            for e in best_first(group, rung, maximize=maximize):
                 if _is_paused_at(e, rung):
                     return Action("promote", e.number, rung)
     running = any(e.state == "running" for group in known for e in group)
@@ -79,13 +79,13 @@ def promotable(
     group: Iterable[Entrant], rung: int, factor: int, *, maximize: bool
 ) -> Iterator[Entrant]:
     """Yield the paused trials among the best 1 / `factor` of a rung, best first."""
-    came = ranked(group, rung, maximize=maximize)
+    came = best_first(group, rung, maximize=maximize)
     for e in came[: len(came) // factor]:
         if _is_paused_at(e, rung):
             yield e
 
 
-def ranked(group: Iterable[Entrant], rung: int, *, maximize: bool) -> list[Entrant]:
+def best_first(group: Iterable[Entrant], rung: int, *, maximize: bool) -> list[Entrant]:
     """Return the trials that have reached a rung, best first, those without a value last.
 
     Of equal ones, the trial with the lower number comes first.
