@@ -20,6 +20,8 @@ from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
 from tfkd_ray.run.studies import EachOnce
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.plan import lines, plan
+from tfkd_ray.show.receipt import expected_epochs, least_epochs
 from tfkd_ray.show.status import status, status_lines
 from tfkd_ray.space.pausing import Action, Entrant, next_action, promotable
 from tfkd_ray.space.space import Space, build_space
@@ -379,6 +381,26 @@ def test_pausing_is_refused_where_trials_cannot_be_resumed_or_there_are_several_
         )
 
 
+def test_a_plan_says_from_where_to_where_and_expects_what_the_rule_does() -> None:
+    found = plan(space(num_samples=24))
+    assert [(p.trials, p.least, p.most) for p in found.parts] == [(12, 12 + 2 * 4 + 6, 108)] * 2
+    assert any(
+        f"in all {found.epochs:.0f} epochs expected, from 52 to 216; without" in line
+        for line in lines(found)
+    )
+    trained = []
+    for seed in range(200):
+        ranks = random.Random(seed)
+        values = [ranks.random() for _ in range(60)]
+        sweep = Sweep(lambda n, epoch, values=values: values[n], 60).run()  # type: ignore[misc]
+        trained.append(sum(sweep.epochs.values()))
+        assert 60 * 3 + 20 * 6 + 6 * 18 <= trained[-1] <= 60 * EPOCHS
+    whole = build_space({**TREE, "epochs": EPOCHS, "search": {"stopping": "pausing"}})
+    assert expected_epochs(whole, 60) == pytest.approx(sum(trained) / 200, rel=0.05)
+    assert least_epochs(whole, 60) == 60 * 3 + 20 * 6 + 6 * 18 <= min(trained)
+    assert [least_epochs(whole, n) for n in (0, 1, 2)] == [0, 27, 30]
+
+
 # --- on Ray
 
 TREE: dict[str, Any] = {
@@ -403,9 +425,9 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self.starts[trial.config["trial"]["number"]] += 1
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        for status in self.most:
-            now = sum(t.status == status for t in trials)
-            self.most[status] = max(self.most[status], now)
+        for what in self.most:
+            now = sum(t.status == what for t in trials)
+            self.most[what] = max(self.most[what], now)
 
 
 def metrics_of(records: list[Record]) -> dict[int, list[dict[str, float]]]:
@@ -461,13 +483,13 @@ def test_a_budget_may_end_with_all_paused_and_a_gone_checkpoint_is_said_and_made
     expected = metrics_of(read_records(tmp_path / "whole"))
 
     class Stop(tune.Callback):  # type: ignore[misc]
-        """Ends the sweep when seven trials have paused or ended."""
+        """Ends the sweep when three trials have begun, and none runs."""
 
         def __init__(self) -> None:
             self.over = False
 
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            self.over = len(trials) >= 2 and all(t.status != "RUNNING" for t in trials)
+            self.over = len(trials) >= 3 and all(t.status != "RUNNING" for t in trials)
 
     class Over(tune.Stopper):  # type: ignore[misc]
         def __init__(self, of: Stop) -> None:
@@ -505,6 +527,7 @@ def test_a_budget_may_end_with_all_paused_and_a_gone_checkpoint_is_said_and_made
     assert metrics_of(records) == expected
     assert {r.status for r in records} == {"done", "stopped"}
     went_on = [r for r in paused if len(expected[r.number]) > len(r.metrics)]
+    assert went_on
     for record in went_on:
         assert any(
             note.startswith(f"{record.name}: its checkpoint of epoch") and "gone" in note
