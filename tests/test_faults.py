@@ -247,25 +247,22 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
 
 
 def drive_until(moment: str, space: dict[str, Any], storage: Path, address: str) -> None:
-    """Run a driver that gets signal 9 at a moment of a pause, the second time that it comes."""
-    comes = iter([False, True])
+    """Run a driver that gets signal 9 at its second pause, or at its first promotion."""
+    pause, attempt, pauses = OptunaSearcher.pause, OptunaSearcher._attempt, list[str]()
 
-    def die() -> None:
-        if next(comes, False):
+    def paused(searcher: OptunaSearcher, trial_id: str) -> None:
+        pauses.append(trial_id)
+        if moment == "between save and pause" and len(pauses) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        pause(searcher, trial_id)
 
-    name = {"between save and pause": "pause", "between promotion and start": "_attempt"}[moment]
-    usual = getattr(OptunaSearcher, name)
-
-    def harmed(searcher: OptunaSearcher, *given: Any) -> Any:
-        if name == "pause":
-            die()
-        found = usual(searcher, *given)
-        if name == "_attempt":
-            die()
+    def promoted(searcher: OptunaSearcher, n: int, rung: int) -> int:
+        found = attempt(searcher, n, rung)
+        if moment == "between promotion and start":
+            os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    setattr(OptunaSearcher, name, harmed)
+    OptunaSearcher.pause, OptunaSearcher._attempt = paused, promoted  # type: ignore[method-assign]
     drive(space, storage, address)
 
 

@@ -414,9 +414,14 @@ TREE: dict[str, Any] = {
 
 
 class Watch(tune.Callback):  # type: ignore[misc]
-    """Counts starts of trials, and the most that ran or were paused at a time."""
+    """Counts starts of trials, and the most that ran or were paused at a time.
 
-    def __init__(self) -> None:
+    Args:
+        harm: called once with the checkpoint of each trial that has paused.
+    """
+
+    def __init__(self, harm: Callable[[Path], Any]) -> None:
+        self.harm, self.harmed = harm, set[Path]()
         self.starts: Counter[int] = Counter()
         self.most = {"RUNNING": 0, "PAUSED": 0}
         self.results: Counter[tuple[int, int]] = Counter()
@@ -428,6 +433,11 @@ class Watch(tune.Callback):  # type: ignore[misc]
         for what in self.most:
             now = sum(t.status == what for t in trials)
             self.most[what] = max(self.most[what], now)
+        for trial in trials:
+            path = Path(trial.config["trial"]["directory"]) / LAST
+            if trial.status == "PAUSED" and path not in self.harmed:
+                self.harmed.add(path)
+                self.harm(path)
 
 
 def metrics_of(records: list[Record]) -> dict[int, list[dict[str, float]]]:
@@ -446,12 +456,21 @@ def whole_run(config: dict[str, Any]) -> list[dict[str, float]]:
     return [{k: v for k, v in e.metrics.items() if k not in times} for e in epochs]
 
 
+HARM: dict[str, Callable[[Path], Any]] = {
+    "kept": lambda path: path.exists() or pytest.fail("a paused trial has no checkpoint"),
+    "gone": Path.unlink,
+    "damaged": lambda path: path.write_bytes(b"no checkpoint"),
+}
+
+
 @pytest.mark.ray
-def test_a_paused_trial_goes_on_bit_by_bit_and_all_of_them_end(
-    ray_cluster: str, tmp_path: Path
+@pytest.mark.parametrize("checkpoint", HARM)
+def test_a_paused_trial_goes_on_bit_by_bit_also_without_its_checkpoint_and_all_end(
+    ray_cluster: str, tmp_path: Path, checkpoint: str
 ) -> None:
-    watch = Watch()
-    grid = build_tuner(TREE, name="e", storage=tmp_path, callbacks=[watch]).fit()
+    watch, notes = Watch(HARM[checkpoint]), list[str]()
+    tuner = build_tuner(TREE, name="e", storage=tmp_path, callbacks=[watch], on_note=notes.append)
+    grid = tuner.fit()
     records = read_records(tmp_path / "e")
     assert len(grid) == 9 and grid.num_errors == 0, "one trial of Ray's for each"
     assert Counter(r.status for r in records) == {
@@ -467,6 +486,11 @@ def test_a_paused_trial_goes_on_bit_by_bit_and_all_of_them_end(
         left = {p.name for p in record.folder.iterdir()}
         kept = {"trial.json", "metrics.jsonl", "result.json"}
         assert left == kept | ({"student.safetensors"} if record.status == "done" else set())
+    again = [name for name in (r.name for r in records) if watch.starts[int(name[1:5])] > 1]
+    said = {
+        note.partition(":")[0] for note in notes if "is gone or damaged; it trains again" in note
+    }
+    assert said == (set() if checkpoint == "kept" else set(again))
 
 
 def done(records: list[Record]) -> list[Record]:
@@ -474,7 +498,7 @@ def done(records: list[Record]) -> list[Record]:
 
 
 @pytest.mark.ray
-def test_a_budget_may_end_with_all_paused_and_a_gone_checkpoint_is_said_and_made_again(
+def test_a_sweep_that_ends_with_all_paused_names_the_best_of_the_highest_rung_and_goes_on(
     ray_cluster: str, tmp_path: Path
 ) -> None:
     search = {**TREE["search"], "max_concurrent": 1}
@@ -518,19 +542,9 @@ def test_a_budget_may_end_with_all_paused_and_a_gone_checkpoint_is_said_and_made
     assert found["ahead"]["trial"] == best.name
     said = f"best of the highest rung: {best.name}, val_accuracy {best.last['val_accuracy']:.4f}"
     assert any(line.startswith(said) for line in status_lines(found))
-    for record in paused:
-        assert (record.folder / LAST).exists()
-        (record.folder / LAST).unlink()
-    notes: list[str] = []
-    resume_tuner(experiment, on_note=notes.append).fit()
+    assert all((record.folder / LAST).exists() for record in paused)
+    resume_tuner(experiment).fit()
     records = read_records(experiment)
     assert metrics_of(records) == expected
     assert {r.status for r in records} == {"done", "stopped"}
-    went_on = [r for r in paused if len(expected[r.number]) > len(r.metrics)]
-    assert went_on
-    for record in went_on:
-        assert any(
-            note.startswith(f"{record.name}: its checkpoint of epoch") and "gone" in note
-            for note in notes
-        )
     assert not list(experiment.glob("trials/*/*.ckpt"))
