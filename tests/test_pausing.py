@@ -1,7 +1,9 @@
 """Pausing halving: the rule alone, and with studies; no deadlock, no trial lost, exact after a kill."""
 
 import math
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +27,7 @@ from tfkd_ray.show.receipt import expected_epochs, least_epochs
 from tfkd_ray.show.status import status, status_lines
 from tfkd_ray.space.pausing import Action, Entrant, next_action, promotable
 from tfkd_ray.space.space import Space, build_space
-from tfkd_ray.store.experiment import Record, read_records
+from tfkd_ray.store.experiment import Record, read_experiment, read_records
 
 RUNGS = [3, 9]
 EPOCHS = 27
@@ -548,3 +550,60 @@ def test_a_sweep_that_ends_with_all_paused_names_the_best_of_the_highest_rung_an
     assert metrics_of(records) == expected
     assert {r.status for r in records} == {"done", "stopped"}
     assert not list(experiment.glob("trials/*/*.ckpt"))
+
+
+class Killer(tune.Callback):  # type: ignore[misc]
+    """Kills a trial's process when it has reported the rung at which it pauses, once each."""
+
+    def __init__(self) -> None:
+        self.killed, self.lost = set[str](), 0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if result.get("epoch") in (1, 3) and trial.trial_id not in self.killed:
+            self.killed.add(trial.trial_id)
+            os.kill(result["pid"], signal.SIGKILL)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.lost += 1
+
+
+@pytest.mark.ray
+def test_a_trial_whose_process_is_lost_while_it_pauses_pauses_again(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    killer = Killer()
+    search = {**TREE["search"], "num_samples": 4}
+    grid = build_tuner(
+        {**TREE, "search": search}, name="e", storage=tmp_path, callbacks=[killer]
+    ).fit()
+    records = read_records(tmp_path / "e")
+    assert len(grid) == 4 and grid.num_errors == 0 and killer.lost == 4
+    assert {r.status for r in records} == {"done", "stopped"}
+    for record in records:
+        expected = whole_run(record.config)
+        assert metrics_of([record])[record.number] == expected[: len(record.metrics)]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_trials_of_several_workers_pause_and_go_on(ray_cluster: str, tmp_path: Path) -> None:
+    def swept(stopping: str) -> list[Record]:
+        search = {**TREE["search"], "stopping": stopping, "num_samples": 8, "max_concurrent": 1}
+        tree = {**TREE, "workers": 2, "search": search}
+        build_tuner(tree, name=stopping, storage=tmp_path).fit()
+        return read_records(tmp_path / stopping)
+
+    whole, records = metrics_of(swept("none")), swept("pausing")
+    assert done(records) and len(done(records)) < 5
+    for record in records:
+        epochs = metrics_of([record])[record.number]
+        assert epochs == whole[record.number][: len(epochs)]
+    study = OptunaSearcher(
+        build_space(read_experiment(tmp_path / "pausing")["space"]),
+        tmp_path / "pausing" / "study.journal",
+    )
+    attempts = [t.user_attrs["number"] for s in study.studies() for t in s.trials]
+    assert len(attempts) > len(set(attempts)), "one of them paused and went on"
