@@ -18,7 +18,8 @@ With `--regret`, the result is what is lost after a share of the random search's
 objective, the setting that would be chosen (of the trials with most epochs, the one with the best
 value), as points below the best of that objective, both by the forest, so without a run's noise. The
 mean over objectives, and the winner over all objectives against the best of all. Differences to the
-first pair are of the same seeds. All of it holds for this table and this forest.
+first pair are of the same seeds and epochs. A search that pauses is one that `tfkd plan` puts within
+the share, at its end. All of it holds for this table and this forest.
 """
 
 import argparse
@@ -46,8 +47,8 @@ from sklearn.model_selection import KFold
 
 import tfkd_ray.run.searcher
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
-from tfkd_ray.show.receipt import fidelity_warnings, rank_correlations
-from tfkd_ray.space.search_config import Halving
+from tfkd_ray.show.receipt import expected_epochs, fidelity_warnings, rank_correlations
+from tfkd_ray.space.search_config import Halving, Pausing
 from tfkd_ray.space.space import Parameter, Space, build_space
 from tfkd_ray.store.experiment import Record
 
@@ -348,25 +349,51 @@ def regrets(
 ) -> Iterator[str]:
     """Yield a table of regrets after shares of the random search's epochs."""
     whole, shares = TRIALS * world.epochs, (0.1, 0.2, 0.3, 0.5, 0.9)
-    found: dict[tuple[str, float], list[Regret]] = {}
-    for repeat, pair in itertools.product(range(repeats), pairs):
-        space, seen = search_of(table, pair, repeat), list[Seen]()
-        for _ in replay(space, world, most=max(shares) * whole, at_once=at_once, seen=seen):
-            pass
-        for share in shares:
-            regret = regret_of(world, space, seen, share * whole)
-            found.setdefault((pair, share), []).append(regret)
-    yield "| search | epochs | mean over objectives | difference | winner | difference | with full length |"
-    yield "|---|---|---|---|---|---|---|"
+    found: dict[tuple[str, float], list[tuple[float, Regret, Regret]]] = {}
+    for repeat in range(repeats):
+        usual, epochs = search_of(table, pairs[0], repeat), list[Seen]()
+        run_out(replay(usual, world, most=whole, at_once=at_once, seen=epochs))
+        for pair, share in itertools.product(pairs, shares):
+            space, seen, spent = search_of(table, pair, repeat), epochs, share * whole
+            if isinstance(space.stopping, Pausing):
+                space, seen = planned(table, pair, repeat, spent), list[Seen]()
+                run_out(replay(space, world, most=math.inf, at_once=at_once, seen=seen))
+                spent = seen[-1].spent
+            elif pair != pairs[0]:
+                seen = list[Seen]()
+                run_out(replay(space, world, most=spent, at_once=at_once, seen=seen))
+            here, first = (
+                regret_of(world, space, seen, spent),
+                regret_of(world, usual, epochs, spent),
+            )
+            found.setdefault((pair, share), []).append((spent / whole, here, first))
+    yield "| search | of | epochs | mean over objectives | difference | winner | difference | with full length |"
+    yield "|---|---|---|---|---|---|---|---|"
     for pair, share in itertools.product(pairs, shares):
-        here, first = found[pair, share], found[pairs[0], share]
-        row = [pair, f"{share:g}"]
+        rows = found[pair, share]
+        row = [pair, f"{share:g}", f"{statistics.mean(spent for spent, _, _ in rows):.2f}"]
         for part in (0, 1):
-            values = [r[part] for r in here]
-            less = [r[part] - f[part] for r, f in zip(here, first, strict=True)]
-            row += [estimate(values), estimate(less) if pair != pairs[0] else "-"]
-        row.append(f"{statistics.mean(r.whole for r in here):.1f}")
+            less = [here[part] - first[part] for _, here, first in rows]
+            row.append(estimate([here[part] for _, here, _ in rows]))
+            row.append(estimate(less) if pair != pairs[0] else "-")
+        row.append(f"{statistics.mean(here.whole for _, here, _ in rows):.1f}")
         yield "| " + " | ".join(row) + " |"
+
+
+def run_out(steps: Iterator[Any]) -> None:
+    """Run a replay to its end."""
+    for _ in steps:
+        pass
+
+
+def planned(table: Table, pair: str, seed: int, epochs: float) -> Space:
+    """Return the largest search with pausing that `tfkd plan` puts within a number of epochs."""
+    each = len(table.space.branches)
+    for trials in itertools.count(1):
+        more = search_of(table, pair, seed, num_samples=each * (trials + 1))
+        if each * expected_epochs(more, trials + 1) > epochs:
+            return search_of(table, pair, seed, num_samples=each * trials)
+    raise AssertionError("no search is too large")
 
 
 def estimate(values: Sequence[float]) -> str:

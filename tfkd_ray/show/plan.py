@@ -13,7 +13,7 @@ from typing import Any
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.settings.columns import in_columns, wrapped
-from tfkd_ray.show.receipt import expected_epochs, least_epochs, reaching, shares
+from tfkd_ray.show.receipt import expected_epochs, reaching, shares
 from tfkd_ray.space.search_config import Pausing
 from tfkd_ray.space.space import Space
 
@@ -39,7 +39,7 @@ class Part:
     """Share of a GPU's memory that a one-worker trial takes here, with its process's own; None
     without a GPU."""
     least: int | None = None
-    """Epochs if trials pause, and none goes on that is not needed; None if they do not pause."""
+    """Epochs if trials pause, and none fails; None if they do not pause."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
         )
         come, epochs = reaching(space, trials), expected_epochs(space, trials)
-        least = least_epochs(space, trials) if isinstance(space.stopping, Pausing) else None
+        least = round(epochs) if isinstance(space.stopping, Pausing) else None
         most = trials * space.epochs
         parts.append(Part(branch.objective, trials, come, epochs, most, seconds, memory, least))
     runs = [run for run in space.teacher_runs() if run.weights is None]
@@ -172,8 +172,11 @@ def lines(
     yield from in_columns(table, 80)
     most = sum(part.most for part in found.parts)
     least = sum(part.least for part in found.parts if part.least is not None)
-    span = f"from {least} to {most}" if least else f"at most {most}"
-    yield f"in all {found.epochs:.0f} epochs expected, {span}; without early stopping always {most}"
+    if least:
+        few = f"from {least} epochs (one trial at a time, none failed) to {most}"
+    else:
+        few = f"{found.epochs:.0f} epochs expected, at most {most}"
+    yield f"in all {few}; without early stopping always {most}"
     if found.teacher_epochs:
         yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"

@@ -2,14 +2,12 @@
 
 The number of trials that pass a rung is an expectation: trial i is judged among the i that reached
 the rung so far, and with equal chances it is among the best i / `factor` of them, or the best. If
-later proposals are better, more of them pass. A trial that pauses passes once it is among the best.
+later proposals are better, more of them pass. Where trials pause, all come to the first rung before
+any passes it.
 """
 
-import bisect
-import functools
 import itertools
 import math
-import random
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,51 +85,9 @@ def _passing(trials: int, factor: int) -> float:
     return first + n * _harmonic(trials) - lower
 
 
-SIMULATED, RANDOM_SWEEPS = 1000, 32
-"""Most trials for which promotions are simulated, and in how many sweeps of random values."""
-
-
-@functools.cache
 def _going_on(trials: int, factor: int) -> float:
-    """Return how many of the trials that pause at a rung are expected to go on.
-
-    One goes on once it is among the best i / `factor` of the i trials there. More do than those that
-    are among the best in the end: about half the root of their number, in simulations of 1,000 and
-    3,000 trials.
-    """
-    if trials < factor:
-        return 1.0
-    if trials > SIMULATED:
-        return trials / factor + 0.5 * math.sqrt(trials)
-    found = [_promoted(trials, factor, random.Random(seed)) for seed in range(RANDOM_SWEEPS)]
-    return statistics.mean(found)
-
-
-def _promoted(trials: int, factor: int, values: random.Random) -> int:
-    """Return how many trials of random values are once among the best i / `factor` of i."""
-    came, gone_on = list[float](), set[float]()
-    for i in range(1, trials + 1):
-        value = values.random()
-        bisect.insort(came, value)
-        gone_on.update(
-            v for v in (value, came[max(0, i // factor - 1)]) if v in came[: i // factor]
-        )
-    return len(gone_on)
-
-
-def least_epochs(space: Space, trials: int) -> int:
-    """Return the epochs of all trials of one objective if no trial goes on that is not needed.
-
-    That is synchronous halving: of the trials at a rung exactly 1 / `factor` go on, or one.
-    """
-    stopping = space.stopping
-    if not isinstance(stopping, Pausing):
-        return round(expected_epochs(space, trials))
-    found = before = 0
-    for epoch in (*space.rungs, space.epochs):
-        found += trials * (epoch - before)
-        before, trials = epoch, max(min(trials, 1), trials // stopping.factor)
-    return found
+    """Return how many of the trials that pause at a rung go on, once all are there."""
+    return max(1, trials // factor)
 
 
 EULER = 0.5772156649015329

@@ -44,8 +44,8 @@ def next_action(
 ) -> Action:
     """Return what to do with room for one more trial.
 
-    1. Promote a trial that is among the best 1 / `factor` of a rung; from the highest rung first.
-    2. Start a new trial.
+    1. Start a new trial, until all have begun: then the best of the first rung are known.
+    2. Promote a trial that is among the best 1 / `factor` of a rung; from the lowest rung first.
     3. In a group where nothing runs, and nothing has full length, let the best paused trial of its
        highest rung go on, so that every group ends with a trial of full length if any trial can.
     4. Wait for a trial that runs, or end.
@@ -56,13 +56,13 @@ def next_action(
         maximize: higher values are better.
         to_start: number of trials that have not begun.
     """
+    if to_start > 0:
+        return Action("start")
     known = [list(group) for group in groups]
-    for rung in reversed(rungs):
+    for rung in rungs:
         found = [e for group in known for e in promotable(group, rung, factor, maximize=maximize)]
         if found:
             return Action("promote", found[0].number, rung)
-    if to_start > 0:
-        return Action("start")
     for group in known:
         states = {e.state for e in group}
         if states & {"running", "whole"}:
