@@ -247,6 +247,7 @@ def replay(
     """
     searcher = OptunaSearcher(space, Path("in memory"))
     stopping = StudyStopping(searcher)
+    searcher.judges = True
     live: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}
     paused: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}
     spent, asked, open_ = 0, 0, True

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from tfkd_ray.learn.checkpoint import LAST
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
-from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
+from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping, copy_trials
 from tfkd_ray.run.studies import EachOnce
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
@@ -231,6 +231,7 @@ class Driver:
     def __init__(self, journal: Path, at: Space, done: Counter[tuple[int, int]]) -> None:
         self.searcher = OptunaSearcher(at, journal)
         self.stopping = StudyStopping(self.searcher)
+        self.stopping.on_trial_add(None, None)
         self.done, self.calls, self.dies_at = done, 0, -1
         self.paused: dict[str, dict[str, Any]] = {}
 
@@ -381,6 +382,53 @@ def test_pausing_is_refused_where_trials_cannot_be_resumed_or_there_are_several_
         OptunaSearcher(
             {"x": tune.uniform(0, 1)}, tmp_path / "j", epochs=9, search={"stopping": "pausing"}
         )
+    with pytest.raises(ConfigError, match="pausing, which is a scheduler of its own"):
+        build_tuner(
+            space(), storage=tmp_path, tune_config=tune.TuneConfig(scheduler=FIFOScheduler())
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_another_scheduler_nothing_pauses_and_every_epoch_is_kept(tmp_path: Path) -> None:
+    searcher = OptunaSearcher(space(), tmp_path / "journal")
+    assert isinstance(searcher.suggest("a"), dict)
+    for epoch in range(1, 10):
+        searcher.on_trial_result("a", {"epoch": epoch, "val_accuracy": 0.5})
+    searcher.on_trial_complete("a", {"epoch": 9, "val_accuracy": 0.5, "done": True})
+    (trial,) = searcher.studies()[0].trials
+    assert trial.state.name == "COMPLETE" and list(trial.intermediate_values) == list(range(1, 10))
+
+
+def test_a_saved_and_restored_searcher_knows_which_of_rays_trials_are_paused(
+    tmp_path: Path,
+) -> None:
+    driver = Driver(
+        tmp_path / "journal", space(num_samples=2, baselines=False, split=False), Counter()
+    )
+    for name in ("a", "b"):
+        assert driver.trial(name, driver.searcher.suggest(name)) == "paused at 1"  # type: ignore[arg-type]
+    driver.searcher.save(str(tmp_path / "saved"))
+    restored = OptunaSearcher(driver.searcher.space, tmp_path / "journal")  # type: ignore[arg-type]
+    restored.restore(str(tmp_path / "saved"))
+    assert restored.suggest("c") is None, "the scheduler promotes what Ray knows"
+    assert restored.promoted() in ("a", "b")
+
+
+def test_a_wider_space_keeps_what_is_paused_and_what_is_over(tmp_path: Path) -> None:
+    first = Driver(tmp_path / "journal", space(num_samples=12), Counter())
+    first.run()
+    wider = OptunaSearcher(space(num_samples=12), tmp_path / "wider", study="tfkd@2")
+    copy_trials(first.searcher, wider)
+    assert wider.paused() == set() and wider.next_action().what == "end"
+    half = Driver(tmp_path / "half", space(num_samples=12), Counter())
+    with pytest.raises(Driver.Killed):
+        half.run(dies_at=30)
+    paused = OptunaSearcher(space(num_samples=12), tmp_path / "half")
+    paused.waiting()
+    wider = OptunaSearcher(space(num_samples=12), tmp_path / "wider of it", study="tfkd@2")
+    copy_trials(paused, wider)
+    wider.waiting()
+    assert wider.paused() == paused.paused() != set()
 
 
 def test_a_plan_says_from_where_to_where_and_a_sweep_takes_what_it_says() -> None:

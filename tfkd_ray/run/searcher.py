@@ -176,6 +176,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self.judges = False
         """True if trials are stopped only by the studies' decisions (see `StudyStopping`)."""
         self._saved: dict[str, int] = {}
+        self._saved_paused: dict[int, str] = {}
         self._space: Space | PlainSpace | None = None
         self._given: dict[str, list[Tree]] = {}
         if space is not None:
@@ -403,7 +404,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         """Save which Tune trial belongs to which study trial; the study holds everything else."""
         numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
-        state: Tree = {"journal": str(self.journal), "trials": numbers}
+        state: Tree = {"journal": str(self.journal), "trials": numbers, "paused": self._held}
         if isinstance(self._space, PlainSpace) and not self._space.constants:
             # a restored Tuner does not say its param_space again
             state |= {"parameters": self._space.parameters_text}
@@ -413,6 +414,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Continue from the study, with the trials that Tune resumes."""
         state = json.loads(Path(checkpoint_path).read_text())
         self._saved = state.get("trials", {})
+        self._saved_paused = {int(n): i for n, i in state.get("paused", {}).items()}
         if self._space is None and "parameters" in state:
             parameters = parameters_from(state["parameters"])
             self._take_space(plain_space({}, parameters, **self._plain, constants=False))
@@ -432,6 +434,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             "_space": state.get("space"),
             "_plain": {},
             "_told": (None, None),
+            "_saved_paused": {},
         }
         kept = {key: value for key, value in state.items() if key != "space"}
         self.__dict__.update({**earlier, "_points_given": [], **kept})
@@ -452,7 +455,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         epoch = live.epochs.of(result)
         if epoch is None or epoch >= self.space.epochs:
             return False
-        if self.pauses:
+        if self.pauses and self.judges:  # with another scheduler, nothing would pause
             value = as_number(result.get(self.space.search.metric))
             live.stopped = self._pauses_at(live, epoch, value)
             return live.stopped
@@ -750,7 +753,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._take_stock(studies)
             for trial_id, n in self._saved.items():
                 self._take_up(trial_id, n)
-            self._saved = {}
+            paused = self.paused()
+            self._held = {n: i for n, i in self._saved_paused.items() if n in paused}
+            self._saved, self._saved_paused = {}, {}
         return self._studies
 
     def _make_studies(self) -> list[Study]:
@@ -1121,7 +1126,8 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
 
 def _most_pending() -> int:
     """Return how many trials Tune starts at a time; `tune.assemble` sets it."""
-    return int(os.environ.get("TUNE_MAX_PENDING_TRIALS_PG", "1"))
+    told = os.environ.get("TUNE_MAX_PENDING_TRIALS_PG", "")
+    return int(told) if told.isdigit() else 1
 
 
 def take_saved_journal(journal: Path) -> bool:
@@ -1264,7 +1270,9 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
     """
     assert isinstance(new.space, Space), f"{new.space=}"
     copies: list[tuple[int, str, FrozenTrial]] = []
+    ended: dict[str, int] = {}
     for group, study in zip(old.space.groups, old.studies(), strict=True):
+        last = study.user_attrs.get("ended", -1)
         for trial in _trials(study):
             if "number" in trial.user_attrs or "prior" in trial.user_attrs:
                 _, config = group.propose(optuna.trial.FixedTrial(trial.params))
@@ -1280,11 +1288,15 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
                     intermediate_values=trial.intermediate_values,
                 )
                 copies.append((trial.user_attrs.get("number", -1), place[0].name, copied))
+                ended[place[0].name] = max(ended.get(place[0].name, -1), last)
     for name in optuna.study.get_all_study_names(storage=old.optuna_storage()):
         if name.startswith(f"{new.study}/"):  # left by a crash
             optuna.delete_study(study_name=name, storage=old.optuna_storage())
     studies = dict(zip([g.name for g in new.space.groups], new.studies(), strict=True))
     for _, name, copied in sorted(copies, key=lambda entry: entry[0]):
         studies[name].add_trial(copied)
+    for name, n in ended.items():
+        if n >= 0:  # its paused trials are over
+            studies[name].set_user_attr("ended", n)
     old.close()
     new.close()

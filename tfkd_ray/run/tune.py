@@ -64,7 +64,7 @@ from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.relate import not_superset
-from tfkd_ray.space.search_config import Asha, SearchConfig
+from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digest
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import (
@@ -538,6 +538,11 @@ def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune
     """Return (the space with a `TuneConfig`'s search settings, the rest of the `TuneConfig`)."""
     metric, mode, seconds = tune_config.metric, tune_config.mode, tune_config.time_budget_s
     search = space.search
+    if tune_config.scheduler is not None and isinstance(space.stopping, Pausing):
+        raise ConfigError(
+            "tune_config.scheduler: the space's search.stopping is pausing, which is a scheduler of its own; leave one "
+            "of them out (search.stopping: none)"
+        )
     if metric is not None and metric not in search.metrics[:1]:
         if search.more_metrics:
             raise ConfigError(
