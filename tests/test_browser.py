@@ -2,6 +2,7 @@
 
 Screenshots are left in test-artifacts/."""
 
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from test_readers import make_sweep as make_records
+from test_report import make_grid
 from test_search import run_sweep
 from test_search import space as two_objectives
 from test_tensorboard import FakeTrial
@@ -28,7 +30,7 @@ from tfkd_ray.show.report import report
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.space.space import build_space
-from tfkd_ray.store.experiment import Record, write_experiment, write_record
+from tfkd_ray.store.experiment import Record, read_records, write_experiment, write_record
 
 ARTIFACTS = Path(__file__).parent.parent / "test-artifacts"
 EPOCHS = 9
@@ -366,21 +368,171 @@ def wait_for_images(page: Any, number: int) -> None:
     )
 
 
-def test_the_report_fits_a_phone_and_a_desk(browser: Any, tmp_path: Path) -> None:
-    make_records(tmp_path / "sweep", 48)
-    report(tmp_path / "sweep", tmp_path / "report.html")
-    desk = browser.viewport_size
-    for name, width in (("phone", 390), ("desk", desk["width"])):
-        browser.set_viewport_size({"width": width, "height": desk["height"]})
-        browser.goto((tmp_path / "report.html").as_uri())
-        browser.locator("html[data-drawn]").wait_for()
-        browser.screenshot(path=ARTIFACTS / f"report-{name}.png")
-        assert (
-            browser.evaluate("document.documentElement.scrollWidth") <= width
-        )  # no horizontal scrolling
-        wide = "[...document.querySelectorAll('.plot .main-svg')].map(p => p.getBoundingClientRect().right)"
-        assert max(browser.evaluate(wide)) <= width
-    browser.set_viewport_size(desk)
+PHONE, DESK = 390, 1280
+CUT = """[...document.querySelectorAll('body *')].filter(element => {
+  const hidden = element.closest('.controls[hidden], #marked[hidden], noscript, script, details:not([open])');
+  const box = element.getBoundingClientRect();
+  return !hidden && box.width > 0 && !element.closest('svg') && box.right > innerWidth + 1;
+}).map(element => element.outerHTML.slice(0, 80))"""
+"""Elements of which a part lies beyond the right end of the page."""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return reports on a halved sweep of four objectives and on a grid of T and alpha."""
+    folder = tmp_path_factory.mktemp("reports")
+    make_records(folder / "sweep", 24)
+    make_grid(folder / "grid")
+    for name in ("sweep", "grid"):
+        report(folder / name, folder / f"{name}.html")
+    return {name: folder / f"{name}.html" for name in ("sweep", "grid")}
+
+
+@pytest.fixture
+def opened(browser: Any, reports: dict[str, Path]) -> Iterator[Any]:
+    """Yield a function that opens a report in a page of its own; errors in the page fail the test."""
+    contexts, errors = [], []
+
+    def open_report(name: str, width: int = DESK, scheme: str = "light") -> Any:
+        how = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+        contexts.append(browser.context.browser.new_context(**how))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text))
+        page.goto(reports[name].as_uri())
+        page.locator("html[data-drawn]").wait_for()
+        return page
+
+    yield open_report
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("name", ["sweep", "grid"])
+def test_nothing_of_a_report_is_cut(opened: Any, name: str, width: int, scheme: str) -> None:
+    page = opened(name, width, scheme)
+    page.screenshot(path=ARTIFACTS / f"report-{name}-{width}-{scheme}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT) == []
+    clipped = page.evaluate("""[...document.querySelectorAll('.plot text')].filter(text => {
+      const [box, plot] = [text.getBoundingClientRect(), text.closest('.plot').getBoundingClientRect()];
+      return box.width > 0 && (box.right > plot.right + 1 || box.left < plot.left - 1);
+    }).map(text => text.textContent)""")
+    assert clipped == []
+
+
+def test_a_report_is_dark_where_the_reader_wants_it_and_follows_a_change(opened: Any) -> None:
+    page = opened("sweep", scheme="dark")
+    ink = "getComputedStyle(document.body).color"
+    axis = "getComputedStyle(document.querySelector('.plot .xtitle')).fill"
+    dot = "getComputedStyle(document.querySelector('.dot')).color"
+    dark = [page.evaluate(code) for code in (ink, axis, dot)]
+    page.emulate_media(color_scheme="light")
+    until(page, f"{axis} === 'rgb(34, 34, 34)'")
+    light = [page.evaluate(code) for code in (ink, axis, dot)]
+    assert dark[:2] == ["rgb(228, 228, 228)", "rgb(232, 232, 232)"]
+    assert light[:2] == ["rgb(27, 27, 27)", "rgb(34, 34, 34)"]
+    assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == (
+        "rgb(255, 255, 255)"
+    )
+
+
+def until(page: Any, code: str) -> None:
+    """Wait until JavaScript is true; the page's policy forbids Playwright's own way."""
+    end = time.monotonic() + 20
+    while not page.evaluate(code):
+        assert time.monotonic() < end, code
+        time.sleep(0.05)
+
+
+def numbers(page: Any) -> list[int]:
+    """Return the trials that the table shows, in its order."""
+    shown = "[...document.querySelectorAll('tr[data-trials]')].filter(row => !row.hidden)"
+    return list(map(int, page.evaluate(f"{shown}.map(row => row.dataset.trials)")))
+
+
+def test_the_table_of_trials_is_sorted_and_filtered(opened: Any, reports: dict[str, Path]) -> None:
+    page = opened("sweep")
+    records = {r.number: r for r in read_records(reports["sweep"].with_suffix(""))}
+    lr = {n: r.parameters["optim.lr"] for n, r in records.items()}
+    assert sorted(numbers(page)) == sorted(records)
+    page.locator("table.trials th button", has_text=re.compile("^lr$")).click()
+    assert numbers(page) == sorted(lr, key=lr.__getitem__)
+    page.locator("table.trials th button", has_text=re.compile("^lr$")).click()
+    assert numbers(page) == sorted(lr, key=lr.__getitem__, reverse=True)
+    page.fill("#filter", "lr<0.1 objective=lsr")
+    expected = {n for n, r in records.items() if r.objective == "lsr" and lr[n] < 0.1}
+    assert set(numbers(page)) == expected and 0 < len(expected) < 6
+    assert page.inner_text("#left") == f"{len(expected)} of 24 trials"
+    page.fill("#filter", "tfkd_reg stopped")
+    expected = {n for n, r in records.items() if (r.objective, r.status) == ("tfkd_reg", "stopped")}
+    assert set(numbers(page)) == expected
+    page.fill("#filter", "")
+    page.select_option("#order", label="trial, descending")
+    assert numbers(page) == sorted(records, reverse=True)
+
+
+MARKS = """[...document.querySelectorAll('.plot')].filter(p => p.places.has(TRIAL))
+  .map(plot => plot.marks.querySelectorAll('path').length)"""
+
+
+def test_a_trial_that_is_chosen_in_one_view_is_marked_in_all(opened: Any) -> None:
+    page = opened("sweep")
+    row = page.locator("tr[data-trials]").first
+    trial, name = row.get_attribute("data-trials"), row.locator("td").first.inner_text()
+    marks = MARKS.replace("TRIAL", f"'{trial}'")
+    row.hover()
+    found = page.evaluate(marks)
+    assert len(found) > 5 and set(found) == {1}
+    page.mouse.move(0, 0)
+    assert set(page.evaluate(marks)) == {0}
+    row.click()
+    page.mouse.move(0, 0)
+    assert set(page.evaluate(marks)) == {1} and name in page.inner_text("#marked")
+    page.check("#only")
+    assert numbers(page) == [int(trial)]
+    page.uncheck("#only")
+    page.click("#marked button")
+    page.mouse.move(0, 0)
+    assert set(page.evaluate(marks)) == {0} and not page.is_visible("#marked")
+
+
+def test_points_and_boxes_of_points_choose_their_trials(opened: Any) -> None:
+    page = opened("sweep")
+    slices = page.locator("figure", has=page.locator("h3", has_text="Slices"))
+    plot = slices.locator(".plot").last
+    plot.scroll_into_view_if_needed()
+    point = plot.locator(".points path").first.bounding_box()
+    x, y = point["x"] + point["width"] / 2, point["y"] + point["height"] / 2
+    page.mouse.move(x, y)
+    plot.locator(".hoverlayer text").first.wait_for()
+    hover = plot.locator(".hoverlayer").text_content()
+    assert re.search(r"t00\d\d-\w+: .*after epoch \d+", hover) and "optim.lr" in hover
+    page.mouse.click(x, y)
+    until(page, "document.documentElement.dataset.chosen")
+    (chosen,) = page.evaluate("document.documentElement.dataset.chosen").split()
+    page.mouse.move(0, 0)
+    assert set(page.evaluate(MARKS.replace("TRIAL", f"'{chosen}'"))) == {1}
+    assert page.locator("tr.chosen").get_attribute("data-trials") == chosen
+    area = plot.locator(".nsewdrag").bounding_box()
+    page.mouse.move(area["x"] + 2, area["y"] + 2)
+    page.mouse.down()
+    page.mouse.move(area["x"] + area["width"] - 2, area["y"] + area["height"] - 2, steps=4)
+    page.mouse.up()
+    until(page, "document.querySelectorAll('tr.chosen').length === 24")
+    page.mouse.dblclick(area["x"] + 5, area["y"] + 5)
+    until(page, "document.querySelectorAll('tr.chosen').length === 0")
+
+
+def test_a_cell_of_a_heat_map_chooses_its_trial(opened: Any) -> None:
+    page = opened("grid", PHONE)
+    cell = page.locator("table.heat td", has_text="95.00")
+    cell.click()
+    assert page.locator("tr.chosen").get_attribute("data-trials") == "7"
+    assert page.locator("table.heat td.chosen").inner_text() == "95.00"
 
 
 def test_optuna_dashboard_shows_the_studies_of_a_sweep(browser: Any, tmp_path: Path) -> None:

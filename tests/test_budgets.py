@@ -1,6 +1,8 @@
 """Budgets: their counts, the moment they stop a sweep, and resuming."""
 
+import dataclasses
 import functools
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 import optuna
 import pytest
 from ray import tune
+from rich.console import Console
+from test_readers import make_sweep
 from test_search import run_sweep, space
 from test_tune import TREE
 
@@ -18,8 +22,12 @@ from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.run.studies import open_journal
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml
 from tfkd_ray.show.listener import Announcer
 from tfkd_ray.show.live import Progress
+from tfkd_ray.show.plan import lines, plan
+from tfkd_ray.show.report import report
+from tfkd_ray.show.status import ls, ls_lines, status, status_lines
 from tfkd_ray.space.space import Space, build_space
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
@@ -161,9 +169,9 @@ def test_a_budget_does_not_end_a_search_that_has_ended(tmp_path: Path) -> None:
 
 
 def test_what_was_spent_is_read_from_plain_files(tmp_path: Path) -> None:
-    for n, status in enumerate(["done", "failed", "interrupted"]):
+    for n, ended in enumerate(["done", "failed", "interrupted"]):
         folder = tmp_path / "trials" / f"t{n:04d}-ce"
-        write_record(Record(folder, n, folder.name, "ce", status, {}, {}))
+        write_record(Record(folder, n, folder.name, "ce", ended, {}, {}))
         (folder / "metrics.jsonl").write_text(
             '{"epoch": 1, "seconds": 900}\n{"epoch": 2, "seconds": 300}\n{"epo'
         )
@@ -372,7 +380,7 @@ def test_a_sweep_goes_on_in_a_wider_space(ray_cluster: str, tmp_path: Path) -> N
     }
     with pytest.raises(ConfigError) as error:
         resume_tuner(tmp_path / "e", space={**wider, "epochs": 4})
-    assert "an experiment is resumed in its own space, or in one that contains all of it" in str(
+    assert "an experiment is resumed in its own space, or in a wider or narrower one" in str(
         error.value
     )
     assert "epochs: was 3, and is 4 now" in str(error.value)
@@ -436,3 +444,89 @@ def test_trials_whose_study_was_lost_are_not_numbered_anew(
         resume_tuner(tmp_path / "e", add_trials=1)
     assert all(len(read_metrics(r.folder)) == 3 for r in read_records(tmp_path / "e"))
     assert space().search.num_samples == 16
+
+
+# --- no number of trials: until a budget is spent
+
+
+def endless(**search: Any) -> dict[str, Any]:
+    return tree(**{"num_samples": None, "time_budget_s": 60, **search})
+
+
+@pytest.mark.parametrize("search", [{}, {"max_failed_trials": 3}])
+def test_a_sweep_without_a_number_of_trials_needs_a_budget_that_is_spent_in_the_end(
+    search: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match=r"search\.num_samples: null is until a budget is spent"):
+        build_space(endless(time_budget_s=None, **search))
+    with pytest.raises(ConfigError, match="each is one trial, got null; leave it out"):
+        build_space({**endless(sampler="grid"), "optim": {"lr": {"choices": [0.1, 0.2]}}})
+
+
+@pytest.mark.slow
+def test_a_search_without_a_number_of_trials_proposes_as_long_as_it_is_asked(
+    tmp_path: Path,
+) -> None:
+    s = space(num_samples=None, time_budget_s=60, sampler="random", warm_start=False)
+    searcher = OptunaSearcher(s, tmp_path / "journal")
+    assert len(run_sweep(searcher, most=40)) == 40 and searcher.remaining() > 10**6
+    assert build_space(s.tree).search.num_samples is None  # experiment.yaml reads back
+    again = OptunaSearcher(s, tmp_path / "journal")
+    assert again.suggest("next")["trial"]["number"] == 40  # type: ignore[index, call-overload]
+
+
+def test_a_plan_without_a_number_of_trials_says_how_many_the_budget_is_enough_for() -> None:
+    found = plan(build_space(endless(cpu_hours=1)))
+    assert [(p.trials, p.epochs) for p in found.parts] == [(100, 300)]
+    text = "\n".join(lines(found))
+    assert "trials until a budget is spent: 60 time_budget_s, 1 cpu_hours" in text
+    timed = dataclasses.replace(
+        found, teacher_s=0.0, parts=(dataclasses.replace(found.parts[0], epoch_s=0.5),)
+    )
+    text = "\n".join(lines(timed, slots=2))
+    assert "60 time_budget_s: about 80 trials" in text and "1 cpu_hours: about 2400 trials" in text
+
+
+def test_readers_of_a_sweep_without_a_number_of_trials_count_to_no_end(tmp_path: Path) -> None:
+    e = tmp_path / "endless"
+    make_sweep(e, 4, search={"time_budget_s": 60})
+    (e / "driver.txt").unlink()
+    about = read_experiment(e)
+    about["space"]["search"]["num_samples"] = None
+    (e / "experiment.yaml").write_text(dump_yaml(about))
+    found = status(e)
+    assert found["state"] == "interrupted" and found["left_s"] is None
+    assert (found["trials"]["planned"], found["epochs"]["planned"]) == (None, None)
+    assert status_lines(found)[0].startswith("endless: interrupted, 4 trials, ")
+    assert ls_lines(ls(tmp_path))[1].split()[4] == "4"
+    (e / "spent.json").write_text('{"seconds": 60.1, "trial_seconds": 50.0}')
+    assert status(e)["state"] == "finished"
+    report(e, tmp_path / "e.html")
+    page = (tmp_path / "e.html").read_text()
+    assert "trials: until a budget is spent" in page and "begun, none stopped" in page
+    view = Progress(e, Console(file=io.StringIO(), width=80))
+    view.setup()
+    assert view.lines(80, 24)[0].startswith("endless: 4 trials, 0 running, ")
+
+
+def test_trials_are_not_added_where_their_number_is_open(tmp_path: Path) -> None:
+    write_experiment(tmp_path, build_space(endless()).tree, ["tfkd"])
+    with pytest.raises(ConfigError, match=r"add_trials: search\.num_samples is null"):
+        resume_tuner(tmp_path, add_trials=3)
+
+
+@pytest.mark.ray
+def test_a_sweep_without_a_number_of_trials_ends_with_its_budget_and_goes_on_with_another(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.yaml").write_text(FILE.replace("5000", "3"))
+    words = ["search.num_samples=null", "--cpu-hours", "0.003"]
+    assert main(["tune", "e.yaml", "--name", "e", "--storage", ".", *words]) == 0
+    out, _ = capsys.readouterr()
+    said = r"^ended: search\.cpu_hours: [0-9.]+ of 0\.003 h are reached; resume with:"
+    assert re.search(said, out, re.M) and "next:" in out and "--add-trials" not in out, out
+    begun = len(read_records(tmp_path / "e"))
+    assert begun > 1 and status(tmp_path / "e")["state"] == "finished"
+    assert main(["resume", "e", "--cpu-hours", "0.003"]) == 0
+    assert len(read_records(tmp_path / "e")) > begun

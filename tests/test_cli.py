@@ -17,13 +17,15 @@ import pytest
 from conftest import ROOT, Run
 from test_clusters import given, verbs
 from test_readers import change, make_sweep
+from test_report import make_grid
 
 from tfkd_ray.cli.main import _parser, main
+from tfkd_ray.cli.sweep import _print_summary
 from tfkd_ray.cli.terminal import experiment_place, shell_word, sweep_or_arms
 from tfkd_ray.launch.verbs import PLACES
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
-from tfkd_ray.space.space import load_space
+from tfkd_ray.space.space import build_space, load_space
 from tfkd_ray.store.experiment import pareto, read_records
 
 SOFT = """
@@ -196,6 +198,33 @@ def test_check_says_what_is_searched_fixed_and_conditional(
     assert len(out.splitlines()) < 30 and max(len(line) for line in out.splitlines()) <= 80
 
 
+def test_check_says_what_is_done_with_a_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = make_grid(tmp_path / "e") / "experiment.yaml"
+    tree = parse_yaml(grid.read_text(), "grid")["space"]
+    for stopping, said in (
+        ("none", "every combination is one trial; it runs its full length"),
+        ("halving", "every combination is one trial; it may be stopped early, as search.stopping"),
+    ):
+        tree["search"]["stopping"] = stopping
+        (tmp_path / "grid.yaml").write_text(dump_yaml(tree))
+        assert main(["check", str(tmp_path / "grid.yaml")]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_finished_grid_is_not_told_to_add_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_grid(tmp_path / "grid")
+    make_sweep(tmp_path / "sweep", 8)
+    for name, asked in (("grid", False), ("sweep", True)):
+        tree = parse_yaml((tmp_path / name / "experiment.yaml").read_text(), name)["space"]
+        assert _print_summary(build_space(tree), tmp_path / name, whole=True) == 0
+        out = capsys.readouterr().out
+        assert "tfkd report" in out and ("--add-trials" in out) == asked
+
+
 def test_check_keeps_to_80_columns_and_breaks_no_word(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -231,7 +260,15 @@ def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
     assert found["metrics"] == ["val_accuracy", "val_ece"] and found["trials"] == 4
     assert [entry["trial"][:5] for entry in found["best"]] == ["t0001", "t0000", "t0002"]
     assert found["best"][2]["values"] == {"val_accuracy": 0.8, "val_ece": 0.1}
-    assert set(found["best"][0]) == {"trial", "objective", "values", "parameters", "config"}
+    assert set(found["best"][0]) == {
+        "trial",
+        "objective",
+        "values",
+        "parameters",
+        "config",
+        "feasible",
+        "limited",
+    }
     for trial in (here / "e" / "trials").iterdir():
         (trial / "metrics.jsonl").write_text('{"epoch": 18, "val_accuracy": 0.5}\n')
     assert "no trial of full length has a value of val_accuracy and of val_ece" in refused(
@@ -461,6 +498,7 @@ with _ctrl_c(Progress()):
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_line_is_being_written_is_told_after_it(tmp_path: Path) -> None:
     """The terminal is slow: the write blocks, and the signal comes in its middle."""
     env = os.environ | {"PYTHONUNBUFFERED": ""}
@@ -734,6 +772,13 @@ def test_check_and_explain_read_arms_files_too(
     assert "correct_prob  0.9 to 0.999 (log in 1 - x)" in capsys.readouterr().out
 
 
+def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "digits_arms", "--seeds", "3..20", "--slots", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "in all 6600 epochs of 220 runs" in out and max(map(len, out.splitlines())) <= 80
+    assert "this is the limit of 20 seeds" in out
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -745,6 +790,11 @@ def test_check_and_explain_read_arms_files_too(
         (["confirm", ".", "--preset", "smoke"], "--preset: settings and presets are for arms files"),
         (["check", "digits_arms", "--all"], "--all: is for search spaces"),
         (["plan", "mine.yaml", "--slots", "0"], "--slots: at least 1, got 0"),
+        (["plan", "mine.yaml", "--seeds", "3"], "--seeds: is for an arms file, not for a search space"),
+        (["plan", "mine.yaml", "--train-only"], "--train-only: is for an arms file, not for a search space"),
+        (["plan", "digits_arms", "--seeds", "2..9"], "the first look needs 3 seeds or more"),
+        (["plan", "digits_arms", "--seeds", "1000000000"], "at most 1000 seeds of each arm"),
+        (["confirm", "digits_arms", "--seeds", "3..1001"], "at most 1000 seeds of each arm"),
         (["confirm", "mine.yaml"], "arms: needs a list of at least one arm"),
         (["confirm", "digits_arms", "epochs=x"], "arms.ce.epochs: Input should be a valid integer"),
         (["confirm", "digits_arms", "--preset", "tiny"], "invalid choice: 'tiny'"),
@@ -786,10 +836,11 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
     (here / "c/confirm.yaml").touch()
     gone_on: list[Path] = []
     monkeypatch.setattr(
-        "tfkd_ray.cli.sweep.compare_arms", lambda directory, address: gone_on.append(directory) or 0
+        "tfkd_ray.cli.sweep.compare_arms",
+        lambda directory, address, end: gone_on.append(directory) or 0,
     )
     code = main(["resume", "c", *given(option)])
-    if option.dest == "retry_failed":  # it always does
+    if option.dest in ("retry_failed", "on_end"):  # it always retries
         assert code == 0 and gone_on
     else:
         assert code == 2 and not gone_on

@@ -646,6 +646,7 @@ RENTED = {
 
 
 @pytest.mark.parametrize("provider", RENTED)
+@pytest.mark.slow
 def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_which_cost_money(
     tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, provider: str
 ) -> None:

@@ -388,6 +388,20 @@ def test_an_arm_that_beats_every_baseline_is_better(tmp_path: Path) -> None:
     assert found["verdict"] == "better" and "reg is better than every baseline" in found["sentence"]
 
 
+def test_every_line_of_an_outcome_fits_80_columns_whatever_the_file_and_the_data_are(
+    tmp_path: Path,
+) -> None:
+    result = outcome_of(tmp_path, {"ce": [0.9] * 5, "lsr": FAIR, "reg": GOOD})
+    result["title"] = "Omniglot: " + "the best of each objective, " * 4
+    result["test"] = json.dumps({"name": "omniglot", "sets": ["images_background"] * 4})
+    result["arms"][0]["runs"][0] |= {"status": "failed", "reason": "its process was lost " * 8}
+    lines = outcome_table(result)
+    assert max(map(len, lines)) <= 80
+    text = " ".join(map(str.strip, lines))
+    for sentence in (result["title"], result["test"], result["arms"][0]["runs"][0]["reason"]):
+        assert sentence.strip() in text
+
+
 def test_equal_runs_have_no_interval_in_the_table(tmp_path: Path) -> None:
     lines = outcome_table(outcome_of(tmp_path, {"ce": [0.9] * 5, "lsr": FAIR, "reg": GOOD}))
     row = next(line for line in lines if line.startswith("ce "))
@@ -448,7 +462,7 @@ def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(
     compared = build_arms(TREE)
     new_comparison(compared, [1, 2], tmp_path / "c")
     made, digest = read_comparison(tmp_path / "c"), digest_of(Digits().load_test())
-    assert made.digest == Digits().pinned().digest != digest
+    assert made.digests == Digits().pinned().digests != {"digest": digest}
     _note_opening(tmp_path / "c", made, digest, 4)
     assert [o["digest"] for o in openings(tmp_path, Digits())] == [digest]
     _note_opening(tmp_path / "c", made, digest, 4)  # it was killed before anybody saw a verdict

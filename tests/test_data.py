@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import math
 import os
 import pickle
 import struct
@@ -27,7 +28,7 @@ from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.data import Digits, OwnData
 from tfkd_ray.learn.dataset import FileDataset, stratified
 from tfkd_ray.learn.image_files import TinyImagenet
-from tfkd_ray.learn.images import address, generator
+from tfkd_ray.learn.images import ImageSet, address, generator
 from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.official import (
     Cifar10,
@@ -40,6 +41,7 @@ from tfkd_ray.learn.official import (
 )
 from tfkd_ray.learn.omniglot import CHARACTERS, CHECKSUMS, Omniglot
 from tfkd_ray.learn.own import imported
+from tfkd_ray.run.confirm import split_id
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
@@ -306,6 +308,73 @@ def test_the_real_fashion_mnist() -> None:
     assert values.std().item() / 255 == pytest.approx(data.std[0] / 255, abs=5e-5)
     assert len(data.load_test()) == 10_000
     assert data.load()[1].labels.bincount().tolist() == [1_200] * 10
+
+
+# --- small data and wrong labels
+
+
+def parts_of(**settings: Any) -> tuple[ImageSet, ImageSet]:
+    """Return train and validation of the digits."""
+    train, val = Digits(**settings).load()
+    assert isinstance(train, ImageSet) and isinstance(val, ImageSet)
+    return train, val
+
+
+def test_wrong_labels_are_of_train_images_alone_and_of_the_other_classes_alike() -> None:
+    (clean, val), (train, same) = parts_of(), parts_of(label_noise=0.4)
+    assert train.positions.equal(clean.positions) and train.images.equal(clean.images)
+    assert same.labels.equal(val.labels)
+    wrong = train.labels != clean.labels
+    n = len(wrong)
+    assert abs(int(wrong.sum()) - 0.4 * n) < 4 * math.sqrt(0.4 * 0.6 * n)
+    shift = (train.labels - clean.labels)[wrong].remainder(10).bincount(minlength=10)
+    assert shift[0] == 0 and train.labels.min() == 0 and train.labels.max() == 9
+    share = shift[1:] / shift.sum()
+    assert (share - 1 / 9).abs().max() < 4 * math.sqrt(8 / 81 / int(shift.sum()))
+
+
+def test_an_images_wrong_label_depends_on_the_split_seed_and_the_image_alone() -> None:
+    whole, _ = parts_of(label_noise=0.3)
+    of = dict(zip(whole.positions.tolist(), whole.labels.tolist(), strict=True))
+    for settings in ({"subset": 0.5}, {"subset": 600}, {"val_fraction": 0.5}):
+        part, _ = parts_of(label_noise=0.3, **settings)
+        found = zip(part.positions.tolist(), part.labels.tolist(), strict=True)
+        assert all(of[place] == label for place, label in found if place in of)
+    more, _ = parts_of(label_noise=0.6)  # wrong at 0.3 is wrong at 0.6, in the same way
+    clean, _ = parts_of()
+    still = whole.labels != clean.labels
+    assert more.labels[still].equal(whole.labels[still])
+    other, _ = parts_of(label_noise=0.3, split_seed=1)
+    both = dict(zip(other.positions.tolist(), other.labels.tolist(), strict=True))
+    shared = [p for p in both if p in of]
+    assert sum(both[p] != of[p] for p in shared) > len(shared) / 4
+
+
+def test_a_fraction_is_of_the_train_split_and_leaves_validation_whole() -> None:
+    (clean, val), (train, same) = parts_of(), parts_of(subset=0.25)
+    assert same.positions.equal(val.positions)
+    assert set(train.positions.tolist()) < set(clean.positions.tolist())
+    per_class, part = clean.labels.bincount(), train.labels.bincount()
+    assert (part - per_class * 0.25).abs().max() <= 1
+    rest = Digits(subset=0.25, unlabelled="rest").load_unlabelled()
+    assert len(rest) == len(clean) - len(train)
+
+
+def test_noise_and_fraction_are_in_the_identity_and_old_names_stay() -> None:
+    assert "label_noise" not in Digits().identity() and "label_noise" not in Digits().tree
+    assert Digits(label_noise=0.1).identity()["label_noise"] == 0.1
+    assert Digits(subset=0.5).identity()["subset"] == 0.5
+    assert split_id(Digits(label_noise=0.1)) == split_id(Digits())
+
+
+@pytest.mark.parametrize("subset", [0, -3, 1.0, 1.5, "many", True, float("nan")])
+def test_a_wrong_subset_gets_one_sentence(subset: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        validated(TrainConfig, {"objective": "ce", "data": {"name": "digits", "subset": subset}})
+    (problem,) = error.value.problems
+    assert problem.endswith(
+        f"subset: a whole number of images from 1, or a fraction between 0 and 1, got {subset!r}"
+    )
 
 
 # --- EMNIST ----------------------------------------------------------------------------------------------------
@@ -1139,6 +1208,7 @@ DOWNLOADED = [name for name, kind in DATA_SETS.items() if getattr(kind, "url", "
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
+@pytest.mark.slow
 def test_a_data_set_is_downloaded_once(
     served: Callable[[str], FileDataset], server: tuple[str, Path], name: str
 ) -> None:

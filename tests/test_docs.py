@@ -268,6 +268,12 @@ def test_the_dictionary_of_the_page_is_searched_in_a_plain_tuner_as_it_stands_th
     assert len(list((tmp_path / "tb").glob("*/events.*"))) >= 8
 
 
+def test_the_grid_of_the_page_is_a_table_of_t_and_alpha_of_full_length() -> None:
+    (text,) = blocks("compare.md", "yaml")
+    space = build_space(parse_yaml(text, "compare.md"))
+    assert space.search.num_samples == 4 * 3 and not space.rungs
+
+
 # --- what programs read
 
 

@@ -237,6 +237,7 @@ def test_onnx_gives_the_students_logits_at_every_batch_size(tmp_path: Path, stor
         torch.testing.assert_close(torch.from_numpy(logits), wanted[:size], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_and_configuration_are_those_of_the_run(tmp_path: Path, storage: Path) -> None:
     export(storage / "run", tmp_path / "out", licence="apache-2.0")
     first, copy = (

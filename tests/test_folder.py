@@ -584,6 +584,7 @@ def test_only_some_batches_are_in_memory(data: ImageFolder) -> None:
 # --- training --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_repeats_differs_by_epoch_and_resumes_to_the_bit(data: ImageFolder) -> None:
     whole = list(train(config(data)))
     assert len(whole) == 3 and len({e.metrics["train_loss"] for e in whole}) == 3

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_loop import float32_precisions
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
@@ -95,20 +96,20 @@ def test_no_step_waits_for_the_device(objective: Any, monkeypatch: pytest.Monkey
 
 
 def test_fp32_is_exact_and_bf16_lets_the_rest_be_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, bool]] = []
+    seen: list[str] = []
     step = torch.optim.SGD.step
 
     def looked(self: Any, *args: Any) -> Any:
-        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        seen.extend(float32_precisions())
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", looked)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    for precision, tf32 in (("fp32", False), ("bf16", True)):
+    before = float32_precisions()
+    for precision, word in (("fp32", "ieee"), ("bf16", "tf32")):
         seen.clear()
         list(train(config(precision=precision, epochs=1)))
-        assert set(seen) == {(tf32, tf32)}
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+        assert set(seen) == {word}
+    assert float32_precisions() == before
 
 
 def test_augmented_and_mixed_images_are_those_of_the_cpu() -> None:

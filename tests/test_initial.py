@@ -135,6 +135,7 @@ FORMATS: dict[str, tuple[Network, tuple[int, int, int], Callable[[int], nn.Modul
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
 def test_files_of_torchvision_and_timm_fit_but_for_a_head_of_other_classes(
     name: str, tmp_path: Path
 ) -> None:
@@ -741,6 +742,7 @@ SIDES = [
 
 
 @pytest.mark.parametrize("network, side", SIDES)
+@pytest.mark.slow
 def test_new_networks_train_a_step_at_each_size(network: Network, side: int) -> None:
     with seeded(0, "network"):
         student = network.build((3, side, side), 7)

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 from tfkd_ray.run.callbacks import Budget, Lock, Losses, Recorder, SoftLabels, in_order
 from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.run.stops import Stops
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.listener import Announcer, Listener
 from tfkd_ray.show.live import Progress
@@ -202,8 +203,9 @@ def test_the_order_is_as_it_is_stated(tmp_path: Path, monkeypatch: pytest.Monkey
 
     assert names() == ["TensorBoard", "Losses", "Recorder", "Callback", "Progress", "Lock"]
     lock.claim = "of a store"  # type: ignore[assignment]
-    assert names(budget=budget, labels=SoftLabels(tmp_path)) == [
-        "TensorBoard", "Budget", "Losses", "Recorder", "SoftLabels", "Callback", "Progress", "Uploads", "Lock",
+    stops = Stops(experiment_of(tmp_path))
+    assert names(budget=budget, stops=stops, labels=SoftLabels(tmp_path)) == [
+        "TensorBoard", "Budget", "Losses", "Recorder", "Stops", "SoftLabels", "Callback", "Progress", "Uploads", "Lock",
     ]  # fmt: skip
     lock.claim = None
     lock.release()

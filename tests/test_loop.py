@@ -22,12 +22,11 @@ from tfkd_ray.learn import loop
 from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
 from tfkd_ray.learn.config import Constant, Step, TrainConfig
 from tfkd_ray.learn.data import Digits
-from tfkd_ray.learn.evaluate import predictions
+from tfkd_ray.learn.evaluate import predictions, tf32
 from tfkd_ray.learn.images import ImageSet
 from tfkd_ray.learn.loop import (
     Diverged,
     Epoch,
-    allow_tf32,
     epoch_order,
     gradient_norms,
     gradient_ratio,
@@ -540,18 +539,35 @@ def test_the_loop_runs_on_a_gpu() -> None:
     assert list(train(c))[-1].metrics["val_accuracy"] > 0.5
 
 
-def test_tf32_is_on_beside_bf16_only() -> None:
+def float32_precisions() -> list[str]:
+    """Return torch's float32 precision of products, convolutions and recurrent layers on CUDA."""
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    return [part.fp32_precision for part in parts]
+
+
+def test_tf32_is_on_and_off_on_cuda_alone_and_put_back() -> None:
     """The settings belong to the process, and can be tested without a GPU."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        for on in (True, False):
-            allow_tf32(on)
-            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == on
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-    next(train(config(precision="bf16")))  # unchanged on the CPU
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    before = float32_precisions()
+    for on, word in ((True, "tf32"), (False, "ieee")):
+        with pytest.raises(KeyboardInterrupt), tf32(torch.device("cuda"), on):
+            assert float32_precisions() == [word] * 3
+            raise KeyboardInterrupt
+        assert float32_precisions() == before
+        with tf32(torch.device("cpu"), on):
+            assert float32_precisions() == before
+
+
+@pytest.mark.slow
+def test_a_run_leaves_torchs_precision_to_the_process_that_has_set_it() -> None:
+    """Once a process has used torch's new settings, a look at the old ones raises an error."""
+    code = (
+        "import torch; torch.backends.fp32_precision = 'tf32'\n"
+        "from tfkd_ray import TrainConfig, train\n"
+        "list(train(TrainConfig(objective='ce', epochs=1)))\n"
+        "assert torch.backends.fp32_precision == 'tf32'"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_gpu_is_used_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ def test_every_network_takes_every_shape_of_image(
 
 
 @pytest.mark.parametrize("network", LIGHT, ids=name_of)
+@pytest.mark.slow
 def test_a_training_step_reaches_every_parameter(network: type[Network]) -> None:
     torch.manual_seed(0)
     module = network().build((1, 8, 8), 7)
@@ -122,6 +123,9 @@ def test_parameters_are_counted_by_hand() -> None:
         count(Cnn(widths=(16, 32)), (1, 8, 8), 10)
         == 16 * 9 + 2 * 16 + 32 * 16 * 9 + 2 * 32 + 32 * 10 + 10
     )
+    wide = count(Cnn5(width=2), (1, 8, 8), 10)
+    convolutions = 9 * (64 + 64 * 128 + 128 * 256) + 3 * (64 + 128 + 256)
+    assert wide == convolutions + (256 + 3) * 256 + 256 * 10 + 10
 
 
 # (network, parameters of the Tf-KD authors' at K = 100 and 32x32, ours less theirs); the docstrings say why
@@ -226,6 +230,11 @@ def test_small_images_are_not_halved_by_the_stem(
 
     assert side(32) == small
     assert side(96) == 3 * large
+
+
+def test_a_cnn5_of_the_papers_width_keeps_the_name_that_its_results_had_before_it_had_one() -> None:
+    assert Cnn5().content() == {"name": "cnn5"}
+    assert Cnn5(width=2).content() == {"name": "cnn5", "width": 2}
 
 
 def test_too_many_stages_for_a_small_image_are_refused() -> None:

@@ -38,6 +38,7 @@ def space(student: Any = STUDENT, schedule: Any = SCHEDULE, **tree: Any) -> Spac
     })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_an_item_has_is_asked_for_where_it_is_chosen(tmp_path: Path) -> None:
     s = space()
     assert [p.name for p in s.parameters] == [
@@ -99,6 +100,7 @@ def test_an_item_of_an_item_and_items_that_have_no_name(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_level_further_down(tmp_path: Path) -> None:
     teacher = {
         "choices": [
@@ -187,6 +189,7 @@ def test_a_killed_driver_changes_no_proposal(tmp_path: Path, name: str, split: b
     assert before + run_sweep(OptunaSearcher(s, tmp_path / "b"))[1:] == whole and len(whole) == 20
 
 
+@pytest.mark.slow
 def test_a_model_learns_what_only_some_trials_have(tmp_path: Path) -> None:
     """The best is an mlp with little dropout; random search puts a quarter of its trials there."""
     s = space(schedule="step", search={"sampler": {"name": "tpe", "startup": 8}, "num_samples": 48})
@@ -202,6 +205,7 @@ def test_a_model_learns_what_only_some_trials_have(tmp_path: Path) -> None:
     assert sum(near[24:]) >= 12
 
 
+@pytest.mark.slow
 def test_a_wider_space_holds_the_trials_of_a_narrower_one(tmp_path: Path) -> None:
     narrow, journal = space(precision="fp32"), tmp_path / "study.journal"
     before = run_sweep(OptunaSearcher(narrow, journal), kill_at=20)

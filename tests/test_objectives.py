@@ -1,12 +1,14 @@
 """Each objective against its definition, its limits, and the authors' release."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import OBJECTIVES
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tfkd_ray.learn.objectives import (
     CrossEntropy,
@@ -473,3 +475,19 @@ def test_an_objective_without_its_teacher_says_what_it_needs(
     logits, labels, _ = batch
     with pytest.raises(ValueError, match=f"^objective {objective.name}: needs the teacher's"):
         objective(logits, labels)
+
+
+# --- on a GPU, without one
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+def test_no_loss_waits_for_the_device(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake tensor has no values, so whatever asks for one raises an error, as a mask would."""
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda *device: None)
+    with FakeTensorMode():
+        logits = torch.empty(6, 5, device="cuda:0", requires_grad=True)
+        labels = torch.empty(6, dtype=torch.int64, device="cuda:0")
+        loss = objective(logits, labels, torch.empty(6, 5, device="cuda:0"))
+        assert loss.shape == () and loss.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            float(loss)

@@ -1,13 +1,16 @@
 """Omniglot: fixtures in the official layout, with drawings made here."""
 
+import runpy
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_data import drawing, png, write_drawings, zipped
 
@@ -23,7 +26,9 @@ from tfkd_ray.learn.omniglot import (
 )
 from tfkd_ray.run.confirm import _judged_arm
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.space.arms import Run
+from tfkd_ray.space.arms import Run, build_arms
+from tfkd_ray.space.space import load_space
+from tfkd_ray.store.experiment import Record
 from tfkd_ray.verdict.verdict import image_interval
 
 SMALL = ("images_background_small1", "images_background_small2")
@@ -191,6 +196,7 @@ def test_a_wrong_drawing_gets_a_sentence(
     assert "0003_18.png" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_wrong_zip_gets_a_sentence(folder: Path, tmp_path: Path) -> None:
     whole = tmp_path / f"{SMALL[1]}.zip"
     zipped(folder / SMALL[1], whole)
@@ -259,3 +265,52 @@ def test_it_is_trained_on(folder: Path) -> None:
     tree = {"objective": "ce", "data": tagalog(folder), "epochs": 2, "optim": {"lr": 0.01}}
     metrics = [epoch.metrics for epoch in train(TrainConfig.model_validate(tree))]
     assert metrics[1]["train_loss"] < metrics[0]["train_loss"]
+
+
+# --- benchmarks/omniglot.py
+
+
+@pytest.fixture(scope="module")
+def bench() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "omniglot.py")))
+
+
+def test_every_arm_that_the_papers_claims_compare_is_in_a_comparison(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best(storage: Path, sweep: str, objective: str) -> Record:
+        file, *overrides = bench.SWEEPS[sweep]
+        for branch in load_space(file, overrides).branches:
+            if branch.objective == objective:
+                values = {p.name: p.domain.probes[0] for p in branch.parameters}
+                values["optim.lr"] = 0.01 * len(sweep + objective)  # no two arms are the same
+                config = branch.config(values)
+                return Record(Path(), 0, objective, objective, "done", {}, config.tree)
+        raise AssertionError(f"{sweep} does not tune {objective}")
+
+    monkeypatch.setitem(bench.arms_of.__globals__, "best", best)
+    there = set()
+    for stage in ("free", "own", "taught", "curve", "controls", "b"):
+        compared = build_arms(bench.arms_of(Path(), stage), overrides=["resources={}"])
+        there |= {arm.name for arm in compared.arms} if stage != "b" else set()
+    claimed = {name for claim in bench.CLAIMS for name in (claim.arm, claim.over)}
+    assert claimed <= there
+
+
+@pytest.mark.parametrize(
+    "equal, low, high, word",
+    [
+        (False, 0.1, 0.9, "supported"),
+        (False, -0.1, 0.9, "cannot tell"),
+        (False, -0.9, 0.1, "not supported"),
+        (True, -0.9, 0.4, "supported"),
+        (True, -0.9, -0.1, "supported"),
+        (True, -1.5, 0.4, "cannot tell"),
+        (True, -1.5, -0.1, "not supported"),
+    ],
+)
+def test_a_claim_is_judged_by_its_interval_and_margin(
+    bench: SimpleNamespace, equal: bool, low: float, high: float, word: str
+) -> None:
+    lead = SimpleNamespace(low=low / 100, high=high / 100)
+    assert bench.word(bench.Claim("", "a", "b", equal), lead) == word

@@ -288,6 +288,26 @@ def test_a_step_draws_what_torchs_own_seed_gives_and_formats_no_stack(
     assert not set(seeds) & set(steps)
 
 
+@pytest.mark.parametrize(
+    "objective, optim, said",
+    [
+        ("dist", {"accumulate": 2}, True),
+        ("dist", {"accumulate": {"choices": [1, 2]}}, True),
+        ("dist", {"choices": [{"name": "sgd"}, {"name": "adamw", "accumulate": 4}]}, True),
+        ("dist", {}, False),
+        ("kd", {"accumulate": 2}, False),
+    ],
+)
+def test_a_loss_that_compares_images_is_noted_where_it_sees_pieces(
+    objective: str, optim: dict[str, Any], said: bool
+) -> None:
+    space = build_space(
+        {"objective": objective, "optim": optim, "teacher": {"model": "mlp"}, "epochs": 9}
+    )
+    notes = [n for n in space.notes if n.startswith("optim.accumulate: dist compares the images")]
+    assert len(notes) == said
+
+
 def test_the_bank_gives_pieces_the_same_soft_labels(tmp_path: Path) -> None:
     optim = {"batch_size": 64, "accumulate": 3}
     teacher = {"model": {"name": "mlp", "hidden": [8]}}

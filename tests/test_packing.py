@@ -126,6 +126,23 @@ def test_a_trial_that_ends_for_good_is_given_no_larger_share(
             True,
         ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+            ),
+            True,
+        ),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (
+            RuntimeError(
+                "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
+            ),
+            True,
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("the worker's host is out of memory"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (MemoryError("out of memory"), False),
     ],

@@ -11,8 +11,9 @@ import pytest
 import tfkd_ray.show.plan as plan_module
 from tfkd_ray.learn.config import TeacherRun
 from tfkd_ray.learn.models import Cnn, Mlp
-from tfkd_ray.show.plan import lines, plan, resident_bytes, slots_here
+from tfkd_ray.show.plan import lines, plan, plan_comparison, resident_bytes, slots_here
 from tfkd_ray.show.receipt import EXACT, _passing
+from tfkd_ray.space.arms import Arms, build_arms, seeds_from
 from tfkd_ray.space.search_config import Hyperband
 from tfkd_ray.space.space import build_space, load_space
 
@@ -104,6 +105,86 @@ def test_a_probe_of_kd_asks_the_teacher_once_for_each_view_and_not_in_every_tria
     ce, kd = (part.epoch_s for part in found.parts)
     assert ce and kd and kd < 5 * ce and views == ["resnet18"]
     assert found.teacher_s is not None and found.teacher_s > 20 * kd
+
+
+def arms(**changes: Any) -> Arms:
+    """A comparison of plain training, and of kd from a larger teacher, on 4 and 6 epochs."""
+    tree = {
+        "data": {"name": "digits", "subset": 200},
+        "student": {"name": "mlp", "hidden": [8]},
+        "epochs": 4,
+        "arms": [
+            {"name": "ce", "objective": "ce"},
+            {
+                "name": "kd",
+                "objective": "kd",
+                "epochs": 6,
+                "teacher": {
+                    "model": {"name": "mlp", "hidden": [16]},
+                    "epochs": 5,
+                    "labels": "bank",
+                },
+            },
+        ],
+    }
+    return build_arms(tree | changes)
+
+
+def test_a_plan_of_arms_counts_their_runs_and_the_teachers_of_all_seeds() -> None:
+    found = plan_comparison(arms(), seeds_from(3))
+    assert [(p.objective, p.trials, p.most) for p in found.parts] == [("ce", 3, 12), ("kd", 3, 18)]
+    assert found.teacher_epochs == 5 and found.epochs == 30 and found.seconds is None
+    each = plan_comparison(arms(), seeds_from(3), teacher_per_seed=True)
+    assert each.teacher_epochs == 15 and each.disk > found.disk
+    text = list(lines(each))
+    assert text[:3] == [
+        "arm  runs  epochs each  epochs",
+        "ce      3            4      12",
+        "kd      3            6      18",
+    ]
+    assert "in all 30 epochs of 6 runs" in text
+    assert "teachers, if they are not there yet: 15 epochs, once" in text
+    assert "hours: not known; --probe trains a few steps of each arm here and says" in text
+
+
+@pytest.mark.parametrize(
+    ("per_seed", "augment", "teachers", "views"),
+    [(False, {}, 1, 1), (True, {}, 3, 3), (False, {"flip": True}, 1, 18), (True, {"flip": True}, 3, 18)],
+)  # fmt: skip
+def test_a_probe_of_arms_asks_each_kind_of_teacher_once_and_counts_every_view(
+    per_seed: bool, augment: dict[str, Any], teachers: int, views: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An epoch of a run takes 1 s here, one of a teacher 100 s, and a view 10,000 s."""
+    monkeypatch.setattr(
+        plan_module, "_epoch_seconds", lambda run: 100.0 if isinstance(run, TeacherRun) else 1.0
+    )
+    asked = []
+
+    def view_seconds(run: TeacherRun) -> float:
+        asked.append(run)
+        return 10_000.0
+
+    monkeypatch.setattr(plan_module, "_view_seconds", view_seconds)
+    found = plan_comparison(
+        arms(augment=augment), seeds_from(3), teacher_per_seed=per_seed, probe=True
+    )
+    assert found.seconds == 3 * (4 + 6) + 100 * 5 * teachers + 10_000 * views and len(asked) == 1
+    assert any("with one run at a time" in line for line in lines(found))
+
+
+def test_without_augmentation_a_plan_counts_one_view_of_the_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_module, "_epoch_seconds", lambda run: 0.0)
+    monkeypatch.setattr(plan_module, "_view_seconds", lambda run: 1.0)
+    tree = {
+        "objective": "kd", "epochs": 9, "data": {"name": "digits", "subset": 200},
+        "teacher": {"model": {"name": "mlp", "hidden": [16]}, "labels": "bank"},
+        "search": {"num_samples": 2, "baselines": False},
+    }  # fmt: skip
+    for augment, views in (({}, 1), ({"crop_padding": 1}, 9)):
+        assert plan(build_space({**tree, "augment": augment}), probe=True).teacher_s == views
 
 
 def test_what_lies_on_the_device_is_images_and_soft_labels() -> None:

@@ -74,6 +74,7 @@ def values(storage: Path, out: Path) -> dict[str, list[str]]:
         "file": [sweep],
         "overrides": [],
         "trial": ["0"],
+        "trials": ["0"],
         "name": ["mlp"],
         "job": [],
         "storage": [str(storage)],

@@ -1,11 +1,13 @@
 """Reports: one file, no network, the verdict first, and every plot drawn in a browser."""
 
+import csv
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,8 +17,9 @@ import pytest
 import torch
 from test_readers import change, line, make_sweep
 
+from tfkd_ray.learn.objectives import NAMES
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.show import figures
+from tfkd_ray.show import figures, heat_map
 from tfkd_ray.show.report import report
 from tfkd_ray.show.status import read_plan
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
@@ -103,6 +106,40 @@ def in_browser(out: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
 
 
+GRID_T, GRID_ALPHA = (1.0, 2.0, 4.0, 8.0), (0.1, 0.5, 0.9)
+
+
+def make_grid(experiment: Path, **search: Any) -> Path:
+    """Write a finished grid of kd over T and alpha; T = 4 with alpha = 0.5 is the best."""
+    from tfkd_ray.space.space import build_space
+    from tfkd_ray.store.experiment import write_experiment
+
+    kd = {
+        "name": "kd",
+        "temperature": {"choices": list(GRID_T)},
+        "alpha": {"choices": list(GRID_ALPHA)},
+    }
+    search = {"sampler": "grid", "baselines": False, **search}
+    tree = {"objective": kd, "student": "mlp", "teacher": {"model": "mlp"}, "epochs": 9}
+    space = build_space({**tree, "search": search})
+    write_experiment(experiment, space.tree, ["tfkd", "tune", "grid.yaml"])
+    for n, (t, alpha) in enumerate((t, alpha) for t in GRID_T for alpha in GRID_ALPHA):
+        values = {"objective.kd.temperature": t, "objective.kd.alpha": alpha}
+        config = space.branches[0].config(values).model_dump(mode="json")
+        name = f"t{n:04d}-kd"
+        end = 3 if space.rungs and n % 2 else 9
+        status = "done" if end == 9 else "stopped"
+        write_record(Record(experiment / "trials" / name, n, name, "kd", status, values, config))
+        top = grid_value(t, alpha)
+        lines = [line(e, top - (9 - e) / 100) for e in range(1, end + 1)]
+        (experiment / "trials" / name / "metrics.jsonl").write_text("".join(lines))
+    return experiment
+
+
+def grid_value(t: float, alpha: float) -> float:
+    return 0.95 - abs(t - 4) / 100 - abs(alpha - 0.5) / 10
+
+
 # --- the page
 
 
@@ -158,7 +195,7 @@ def test_of_few_trials_nothing_is_concluded(tmp_path: Path) -> None:
     make_sweep(tmp_path / "few", 8)
     report(tmp_path / "few", tmp_path / "r.html")
     text = without_plotly(tmp_path / "r.html")
-    assert text.count("Fewer than 8 trials of full length, too few to tell:") == 3
+    assert text.count("Too few to tell") == 1 and "importance of the settings of" in text
 
 
 def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
@@ -171,7 +208,143 @@ def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
         tmp_path / "e", 12, objective=[objective], search={"baselines": False, "stopping": "none"}
     )
     report(tmp_path / "e", tmp_path / "r.html")
-    assert "Temperature against alpha" in without_plotly(tmp_path / "r.html")
+    text = without_plotly(tmp_path / "r.html")
+    assert "Temperature against alpha" not in text and "<h3>Slices" in text
+
+
+def test_a_grid_of_temperature_and_alpha_is_a_heat_map_with_its_numbers(tmp_path: Path) -> None:
+    experiment = make_grid(tmp_path / "e")
+    written = report(experiment, tmp_path / "r.html", figures=tmp_path / "f")
+    assert {"grid.svg", "grid.csv", "grid-kd.tex"} <= {path.name for path in written}
+    page = without_plotly(tmp_path / "r.html")
+    cells = re.findall(r'<td style="[^"]*" data-trials="(\d+)" title="[^"]*">([^<]*)</td>', page)
+    rows = list(csv.DictReader((tmp_path / "f" / "grid.csv").read_text().splitlines()))
+    expected = [grid_value(t, alpha) for t in GRID_T for alpha in GRID_ALPHA]
+    assert [text for _, text in cells] == [f"{100 * value:.2f}" for value in expected]
+    assert [int(number) for number, _ in cells] == list(range(len(expected)))
+    assert [float(row["mean"]) for row in rows] == pytest.approx([100 * v for v in expected])
+    assert [(float(row["down_value"]), float(row["across_value"])) for row in rows] == [
+        (t, alpha) for t in GRID_T for alpha in GRID_ALPHA
+    ]
+    table = (tmp_path / "f" / "grid-kd.tex").read_text()
+    assert r"4 & 91.00 & \textbf{95.00} & 91.00 \\" in table and table.count(r"\textbf") == 1
+    assert "Fewer than" not in page and "Too few to tell" not in page
+
+
+def test_a_combination_that_was_stopped_shows_its_rung_in_brackets_and_is_never_the_best(
+    tmp_path: Path,
+) -> None:
+    experiment = make_grid(tmp_path / "e", stopping="halving")
+    report(experiment, tmp_path / "r.html", figures=tmp_path / "f")
+    table = (tmp_path / "f" / "grid-kd.tex").read_text()
+    assert r"4 & 91.00 & (89.00) & 91.00 \\" in table  # after 3 of 9 epochs; it would end at 95
+    assert r"2 & (83.00) & \textbf{93.00} & (83.00) \\" in table
+    page = without_plotly(tmp_path / "r.html")
+    assert "(89.00)<br><small>epoch 3</small>" in page and "Values in brackets" in page
+
+
+def test_arms_over_temperature_and_alpha_are_a_heat_map_of_means_over_seeds() -> None:
+    values = {
+        (t, a): [0.9 + t / 100, 0.9 + t / 100 + a / 100] for t in (2.0, 4.0) for a in (0.1, 0.9)
+    }
+    arms = [
+        {"name": f"kd_{t:g}_{a:g}", "student": "mlp", "objective": {"name": "kd", "temperature": t, "alpha": a},
+         "runs": [{"seed": s, "accuracy": v} for s, v in enumerate(found)]}
+        for (t, a), found in values.items()
+    ]  # fmt: skip
+    plain = {"name": "ce", "student": "mlp", "objective": {"name": "ce"}, "runs": []}
+    (found,) = heat_map.arm_grids({"arms": [plain, *arms]})
+    for place, (t, a) in {(0, 0): (2.0, 0.1), (1, 1): (4.0, 0.9)}.items():
+        assert found.cells[place].mean == pytest.approx(np.mean(values[t, a]))
+        assert found.cells[place].sd == pytest.approx(np.std(values[t, a], ddof=1))
+    assert r"4 & $94.05 \pm 0.07$ & $\mathbf{94.45 \pm 0.64}$ \\" in heat_map.as_latex(found)
+    assert "the mean over its seeds" in heat_map.grid_figure([found]).sentence
+
+
+def test_a_cell_has_the_best_of_other_settings_and_says_so(tmp_path: Path) -> None:
+    experiment = make_grid(tmp_path / "e")
+    sweep = figures.read_sweep(experiment, read_plan(experiment))
+    first, second, *rest = sweep.records
+    both = [
+        replace(first, parameters={**first.parameters, "optim.lr": 0.1}),
+        replace(second, parameters={**first.parameters, "optim.lr": 0.2}),
+    ]
+    (found,) = heat_map.sweep_grids(replace(sweep, records=[*both, *rest]))
+    assert found.cells[0, 0].runs[0].name == second.name and found.cells[0, 0].tried == 2
+    assert (0, 1) not in found.cells and r"1 & 92.00 & -- & " in heat_map.as_latex(found)
+    assert "has the best of them" in heat_map.grid_figure([found]).sentence
+
+
+def test_latex_gets_no_command_from_a_file() -> None:
+    found = heat_map.HeatMap(
+        "a_b", "val_accuracy", "x", ("my_arg", "y%"), ["\\input{z}"], ["#1", "~^"], {}
+    )
+    text = heat_map.as_latex(found)
+    assert r"\textbackslash{}input\{z\} & -- & -- \\" in text
+    assert r"my\_arg & \#1 & \textasciitilde{}\textasciicircum{}" in text
+
+
+def test_stopped_trials_are_drawn_hollow_at_the_value_of_their_last_rung(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "e", 24)
+    sweep = figures.read_sweep(tmp_path / "e", read_plan(tmp_path / "e"))
+    stopped = {r.number: sweep.value(r.last) for r in sweep.records if r.status == "stopped"}
+    assert len(stopped) > 8
+    (lr,) = (p for p in figures.slices(sweep).panels if p.title == "optim.lr")
+    drawn = {n: y for s in lr.series if s.hollow for n, y in zip(s.trials, s.y, strict=True)}
+    assert drawn == pytest.approx(stopped)
+    lines = [s for p in figures.parallel(sweep).panels for s in p.series if s.hollow]
+    assert {n for s in lines for n in s.trials if n is not None} == set(stopped)
+    points = [s for p in figures.contours(sweep).panels for s in p.series if s.hollow]
+    with_both = [r.number for r in sweep.records if len(r.parameters) > 3 and r.number in stopped]
+    assert sorted(n for s in points for n in s.trials if n is not None) == with_both
+    titles = [p.title for p in figures.importance_section(sweep).panels]
+    assert len(titles) == 4 and all("6 trials at epoch 2" in title for title in titles)
+
+
+def test_a_trial_between_rungs_is_drawn_at_the_last_one(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "e", 4)
+    for number, end in ((0, 1), (1, 5)):
+        folder = change(tmp_path / "e", number, status="running", reason=None)
+        values = [0.1 * (e + 1) for e in range(end)]
+        (folder / "metrics.jsonl").write_text("".join(line(e + 1, v) for e, v in enumerate(values)))
+    sweep = figures.read_sweep(tmp_path / "e", read_plan(tmp_path / "e"))
+    young, older = sweep.records[:2]
+    assert np.isnan(sweep.shown(young)[1]) and sweep.shown(older) == (2, pytest.approx(20.0))
+
+
+def test_trials_of_an_earlier_space_are_in_the_table_and_in_no_model(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "e", 24)
+    lacking, outside = "objective.tfkd_reg.temperature", {"objective.tfkd_reg.alpha": 3.0}
+    for number in (0, 4):
+        path = next(tmp_path.glob(f"e/trials/t{number:04d}-*/trial.json"))
+        values = json.loads(path.read_text())["parameters"]
+        some = {k: v for k, v in values.items() if k != lacking} if number else values | outside
+        change(tmp_path / "e", number, parameters=some)
+    change(tmp_path / "e", 1, objective="left_out")
+    report(tmp_path / "e", tmp_path / "r.html")
+    text = without_plotly(tmp_path / "r.html")
+    assert text.count("<tr data-trials=") == 24 and "tfkd_reg, 4 trials" not in text
+    sweep = figures.read_sweep(tmp_path / "e", read_plan(tmp_path / "e"))
+    assert {r.number for r, _ in sweep.judged("tfkd_reg")[1]} == {8, 12, 16, 20}
+
+
+def test_the_table_has_all_trials_best_first(sweep: Path, page: str) -> None:
+    rows = re.findall(r'<tr data-trials="(\d+)"[^>]*>', page)
+    records = read_records(sweep)
+    assert sorted(map(int, rows)) == [r.number for r in records]
+    assert page.index("<h2>All trials") < page.index("<h2>Best configurations")
+    ranked = figures.read_sweep(sweep, read_plan(sweep)).ranked(records)
+    assert list(map(int, rows[: len(ranked)])) == [r.number for r in ranked]
+
+
+def test_the_colour_of_an_objective_depends_on_nothing_else() -> None:
+    known = list(figures.OBJECTIVE_COLOURS)
+    assert set(known) == NAMES - {"own"}
+    own = ["margin", "focal"]
+    for others in (known, known[::-1], [*own, *known]):
+        colours = {name: figures.objective_colour(name, others) for name in others}
+        assert len(set(colours.values())) == len(others)
+        assert all(colours[name] == figures.OBJECTIVE_COLOURS[name] for name in known)
 
 
 def test_an_axis_shows_a_range_on_its_own_scale() -> None:
@@ -302,6 +475,7 @@ def test_wrong_input_is_refused_before_anything_is_written(
 # --- comparisons
 
 
+@pytest.mark.slow
 def test_a_confirmed_sweep_begins_with_the_verdict(
     sweep: Path, comparison: Path, tmp_path: Path
 ) -> None:
@@ -316,6 +490,7 @@ def test_a_confirmed_sweep_begins_with_the_verdict(
     assert 'class="box yes"' in text and "arms: Candidates against baselines" in text
 
 
+@pytest.mark.slow
 def test_a_comparison_has_a_report_of_its_own(comparison: Path, tmp_path: Path) -> None:
     written = report(comparison, tmp_path / "r.html", figures=tmp_path / "figures")
     text = without_plotly(tmp_path / "r.html")
@@ -324,7 +499,7 @@ def test_a_comparison_has_a_report_of_its_own(comparison: Path, tmp_path: Path) 
     judged = json.loads((comparison / "confirm.json").read_text())
     for arm in judged["arms"]:
         mean = np.mean([100 * run["accuracy"] for run in arm["runs"]])
-        assert f'<td class="short">{mean:.2f}</td>' in text
+        assert f'<td class="short" data-label="test accuracy, %">{mean:.2f}</td>' in text
 
 
 def test_a_comparison_that_is_not_judged_says_so(comparison: Path, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_values_that_are_no_numbers_never_reach_the_sampler(journal: Path) -> No
     assert trials(journal)[0].intermediate_values == {}
 
 
+@pytest.mark.slow
 def test_halving_stops_the_worse_two_thirds_of_its_own_objective(journal: Path) -> None:
     run_sweep(OptunaSearcher(space(num_samples=40), journal))
     found = trials(journal)
@@ -461,6 +462,7 @@ LOST: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("harm, what", LOST.values(), ids=LOST)
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+@pytest.mark.slow
 def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_what_the_search_knew(
     tmp_path: Path, sampler: str, harm: Callable[[Path], Any], what: str
 ) -> None:
@@ -663,6 +665,7 @@ SAMPLERS = [*MODELS, {"name": "qmc"}, {"name": "qmc", "kind": "halton"}, {"name"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.slow
 def test_a_killed_driver_changes_no_proposal_of_any_sampler(
     tmp_path: Path, sampler: dict[str, Any]
 ) -> None:
@@ -710,6 +713,7 @@ def test_a_model_finds_what_a_random_search_does_not(
     assert late(sampler) < 0.7 * late("random")
 
 
+@pytest.mark.slow
 def test_quasi_random_points_cover_the_space_more_evenly_than_random_ones(tmp_path: Path) -> None:
     def discrepancy(sampler: str) -> float:
         searcher = OptunaSearcher(
@@ -740,6 +744,7 @@ def grid(**search: Any) -> Space:
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp"])
+@pytest.mark.slow
 def test_a_model_begins_with_quasi_random_points_also_after_a_kill(
     tmp_path: Path, name: str
 ) -> None:
@@ -755,6 +760,7 @@ def test_a_model_begins_with_quasi_random_points_also_after_a_kill(
     assert [c["optim"] for c in together[:3]] != [c["optim"] for c in even[:3]]
 
 
+@pytest.mark.slow
 def test_a_grid_is_every_combination_once_also_after_a_kill(tmp_path: Path) -> None:
     def point(c: dict[str, Any]) -> tuple[Any, ...]:
         return (
@@ -792,6 +798,7 @@ def test_a_killed_driver_changes_no_judgment(tmp_path: Path, stopping: Any) -> N
         assert [(t.state, t.last_step) for t in trials(journal)] == states
 
 
+@pytest.mark.slow
 def test_hyperband_judges_a_trial_among_those_of_its_own_bracket(journal: Path) -> None:
     run_sweep(OptunaSearcher(space(stopping="hyperband", num_samples=60), journal))
     found = trials(journal)
@@ -799,6 +806,7 @@ def test_hyperband_judges_a_trial_among_those_of_its_own_bracket(journal: Path) 
     assert steps == {0: {1, 3, 9}, 1: {3, 9}, 2: {9}}
 
 
+@pytest.mark.slow
 def test_median_stops_only_once_it_has_enough_to_compare_with(journal: Path) -> None:
     run_sweep(
         OptunaSearcher(space(stopping={"name": "median", "startup": 4}, num_samples=40), journal)
@@ -811,6 +819,7 @@ def test_median_stops_only_once_it_has_enough_to_compare_with(journal: Path) -> 
 # --- published settings
 
 
+@pytest.mark.slow
 def test_published_settings_are_tried_first_and_once_also_after_a_kill(tmp_path: Path) -> None:
     lsr = [p.values for p in warm_points(space()) if p.objective == "lsr"]
     assert [v["objective.lsr.alpha"] for v in lsr] == [0.1, 0.2]
@@ -1060,6 +1069,7 @@ def test_a_rung_is_made_of_this_experiments_trials_alone(tmp_path: Path, split: 
     )  # it is the best that has come here
 
 
+@pytest.mark.slow
 def test_a_median_is_made_of_this_experiments_trials_alone(tmp_path: Path) -> None:
     earlier = finished(tmp_path / "old", space(sampler="random"), [0.99] * 16)
     stopping = {"name": "median", "startup": 3}
@@ -1150,6 +1160,7 @@ def test_what_makes_no_sense_as_an_earlier_experiment_is_refused(tmp_path: Path)
 # --- a wider space
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_in_a_wider_space_with_all_its_trials(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
     old = OptunaSearcher(space(), journal)
@@ -1291,6 +1302,7 @@ def test_an_experiment_of_a_release_that_noted_no_space_goes_on(
 
 
 @pytest.mark.parametrize("evaluator", ["pedanova", "fanova", "mdi"])
+@pytest.mark.slow
 def test_importance_is_told_for_each_objective_over_its_full_length_trials(
     tmp_path: Path, evaluator: str
 ) -> None:

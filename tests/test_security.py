@@ -648,6 +648,7 @@ def served_at(call: ast.Call, name: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_our_own_code_binds_to_loopback_alone() -> None:
     """Check every bind or serve call in the package; TensorBoard and Ray get options."""
     places = [(module, served_at(call, name)) for module, name, call in calls()]

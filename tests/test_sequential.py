@@ -90,6 +90,7 @@ def test_what_is_settled_stays_settled_and_depends_on_the_leads_so_far_alone() -
     assert (again.better[early] == settle(whole, PLAN, MARGIN).better[early]).all()
 
 
+@pytest.mark.slow
 def test_better_means_that_every_baseline_was_beaten_at_a_look_of_the_corrected_level() -> None:
     """A slow loop: step-down over candidates, each tested at ALPHA over those not yet better."""
     found = leads(np.random.default_rng(2), 40, 3, 2, 0.0035)
@@ -248,6 +249,7 @@ def _never_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_never_hopeless")
+@pytest.mark.slow
 def test_no_test_figure_is_written_before_the_sequence_has_ended(comparison: Path) -> None:
     known: dict[str, Any] = {}
     for seeds in (3, 4):

@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 from conftest import SHIPPED
-from test_data import batches, write_cifar, write_idx, write_tiny
+from test_data import batches, write_cifar, write_drawings, write_idx, write_tiny
 from test_folder import write_folder
 
 from tfkd_ray.learn.loop import train
@@ -42,6 +42,10 @@ def scaled_down(path: Path, place: Path) -> Space:
     elif name == "fashion_mnist":
         write_idx(place, gz=True)
         data |= {"root": str(place)}
+    elif name == "omniglot":
+        sets, alphabets = ["images_background_small2"], ["Tagalog"]
+        write_drawings(place, sets[0], alphabets)
+        data |= {"root": str(place), "sets": sets, "alphabets": alphabets, "side": 16}
     else:
         data |= {"subset": 200}
     tree |= {"data": data, "workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1, "epochs": 1}

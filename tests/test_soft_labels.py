@@ -328,6 +328,7 @@ def test_two_teachers_with_the_same_weights_share_no_labels(
     )
 
 
+@pytest.mark.slow
 def test_a_view_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
     """Ten trials read 40 MB: private memory does not grow, and all share the pages."""
     count, classes = 20_000, 1000

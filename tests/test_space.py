@@ -410,12 +410,14 @@ def allowed(sampler: str, probe: dict[str, Any]) -> bool:
 def pairs() -> str:
     """Return the table of docs/search.md, from the code."""
     lines = [
-        f"| sampler | {' | '.join(PROBES)} | earlier experiments |",
-        "|---" * (len(PROBES) + 2) + "|",
+        f"| sampler | {' | '.join(PROBES)} | earlier experiments | constraints |",
+        "|---" * (len(PROBES) + 3) + "|",
     ]
     for kind in members(SearchConfig.model_fields["sampler"]):
         cells = ["yes" if allowed(str(tag(kind)), probe) else "no" for probe in PROBES.values()]
-        lines.append(f"| `{tag(kind)}` | {' | '.join(cells)} | {'yes' if kind.priors else 'no'} |")  # type: ignore[attr-defined]
+        for learns in (kind.priors, kind.constrained):  # type: ignore[attr-defined]
+            cells.append("yes" if learns else "no")
+        lines.append(f"| `{tag(kind)}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -472,6 +474,19 @@ def test_a_sampler_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPa
         ConfigError, match=r"cmaes needs the package cmaes, which is not here: pip install cmaes"
     ):
         space(optim=ONE_LR, search={"sampler": "cmaes", "stopping": "none"})
+
+
+def test_a_grid_is_not_halved_unless_the_file_says_so() -> None:
+    given = {"optim": {"lr": {"choices": [0.1, 0.2, 0.4]}}, "objective": ["ce", "tfkd_reg"]}
+    search = {"sampler": "grid", "baselines": False}
+    grid = space(**given, search=search)
+    assert grid.stopping.name == "none" and grid.rungs == []
+    assert build_space(grid.tree).stopping == grid.stopping  # as resume reads it
+    halved = space(**given, search={**search, "stopping": "halving"})
+    assert halved.stopping.name == "halving" and halved.rungs
+    assert build_space(halved.tree).stopping == halved.stopping
+    other = space(**given, search={"sampler": "random", "baselines": False})
+    assert other.stopping.name == "halving"
 
 
 def test_a_grid_says_how_many_trials_it_is_and_reads_back() -> None:

@@ -55,6 +55,7 @@ def journal(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_line_that_a_crash_left_half_written_is_cut_off_wherever_it_was_cut(
     journal: Path,
 ) -> None:

@@ -80,6 +80,7 @@ DOMAINS = {
 
 
 @pytest.mark.parametrize("name", DOMAINS)
+@pytest.mark.slow
 def test_each_domain_of_tune_proposes_its_own_values_and_no_others(
     tmp_path: Path, name: str
 ) -> None:
@@ -94,6 +95,7 @@ def test_each_domain_of_tune_proposes_its_own_values_and_no_others(
 
 
 @pytest.mark.parametrize("name", ["loguniform", "qloguniform", "lograndint", "qlograndint"])
+@pytest.mark.slow
 def test_a_domain_on_a_log_scale_is_searched_on_it(tmp_path: Path, name: str) -> None:
     domain, _, _ = DOMAINS[name]
     found = [config["x"] for config in proposals({"x": domain}, tmp_path / "journal", 60)]

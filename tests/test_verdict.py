@@ -148,6 +148,7 @@ def test_holm_by_hand() -> None:
     assert holm(np.array([0.3])) == pytest.approx([0.3])
 
 
+@pytest.mark.slow
 def test_holm_is_statsmodels() -> None:
     p = (
         np.random.default_rng(0).random((4, 5)) ** 3
@@ -433,6 +434,7 @@ def test_the_table_fits_80_columns_and_holds_the_numbers(metric: JudgedMetric) -
     assert " ".join(text.split()).endswith(f"verdict: {v.sentence}.")
 
 
+@pytest.mark.slow
 def test_the_statistics_import_neither_torch_nor_ray() -> None:
     code = "import sys, tfkd_ray.verdict.verdict; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tfkd_ray.space.arms import Comparison
     from tfkd_ray.store.storage import Experiment
 from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_lines, told_of_interrupt
+from tfkd_ray.cli.on_end import OnEnd
 from tfkd_ray.cli.terminal import (
     DEFAULT_BASELINES,
     DEFAULT_STORAGE,
@@ -24,20 +25,23 @@ from tfkd_ray.cli.terminal import (
 )
 from tfkd_ray.settings.errors import FAILED, NOT_BETTER, OK, ConfigError
 
+SEED_LIMIT = 1000
+"""Most seeds of an arm."""
+
+
 # --- confirm ---------------------------------------------------------------------------------------------------
 
 
 def confirm_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import confirm_as_job
     from tfkd_ray.launch.verbs import is_arms
-    from tfkd_ray.space.arms import FIRST_SEED, arms_of, load_arms, new_comparison, rivals_of
     from tfkd_ray.store.experiment import read_experiment
     from tfkd_ray.store.storage import Experiment, checked, to_continue
 
     if args.top_k < 1:
         raise ConfigError("at least the best one is compared", f"--top-k {args.top_k}")
     first_look, most = args.seeds
-    _check_seeds(first_look, most)
+    check_seeds(first_look, most)
     if is_arms(args):
         usual = {
             "--top-k": args.top_k == DEFAULT_TOP_K,
@@ -60,30 +64,45 @@ def confirm_verb(args: Namespace) -> int:
         raise ConfigError(problems, args.file)
     if (code := confirm_as_job(args)) is not None:
         return code
-    sweep = to_continue(place_or_url(args.file))
-    given = sweep.folder
-    if given.is_dir():
-        if told := remember(read_experiment(given).get("directory")):
+    found = to_continue(place_or_url(args.file))
+    sweep = found if found.folder.is_dir() else None
+    if sweep is not None:
+        if told := remember(read_experiment(sweep.folder).get("directory")):
             say_error(told)
         storage = sweep.storage  # which has its teachers
         name = new_name(args, storage, f"{sweep.name}-confirm")
+    else:
+        storage = checked(args.storage)
+        name = new_name(args, storage, Path(args.file).stem)
+    with OnEnd(args.on_end, storage.folder / name) as end:
+        return end.of_code(_confirm(args, Experiment(storage, name), sweep, end))
+
+
+def _confirm(
+    args: Namespace, comparison: "Experiment", sweep: "Experiment | None", end: OnEnd
+) -> int:
+    """Begin a comparison, of a sweep's best trials or of a file's arms, and run it."""
+    from tfkd_ray.space.arms import arms_of, load_arms, new_comparison, rivals_of, seeds_from
+    from tfkd_ray.store.experiment import read_experiment
+
+    first_look, most = args.seeds
+    storage, name = comparison
+    if sweep is not None:
         rivals = rivals_of(args.baselines)
-        tuned = _tuned_baselines(sweep, rivals, args)
-        compared = arms_of(given, top_k=args.top_k, rivals=rivals, baselines=tuned)
+        tuned = _tuned_baselines(sweep, rivals, args, end)
+        compared = arms_of(sweep.folder, top_k=args.top_k, rivals=rivals, baselines=tuned)
         if compared.note:
             say_error(f"note: {compared.note}")
     else:
         compared = load_arms(args.file, args.overrides, preset=args.preset)
-        storage = checked(args.storage)
-        name = new_name(args, storage, Path(args.file).stem)
     have_data(compared.example, args)
     compared.example.data.examine()
     join_ray(args.address, compared.example.workers)
     from tfkd_ray.run.tune import prepare
 
     prepare(compared.example, storage)
-    taken = read_experiment(given)["space"]["seed"] if compared.experiment else None
-    seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + most + 1) if seed != taken][:most]
+    taken = read_experiment(sweep.folder)["space"]["seed"] if sweep is not None else None
+    seeds = seeds_from(most, taken)
     options = {
         "teacher_per_seed": args.teacher_per_seed,
         "hold_out": args.train_only,
@@ -93,11 +112,14 @@ def confirm_verb(args: Namespace) -> int:
     new_comparison(
         compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options
     )
-    return compare_arms(Experiment(storage, name), args.address)
+    return compare_arms(comparison, args.address, end)
 
 
-def _check_seeds(first_look: int | None, most: int) -> None:
-    """Raise a ConfigError for numbers of seeds that can tell nothing."""
+def check_seeds(first_look: int | None, most: int) -> None:
+    """Raise a ConfigError for numbers of seeds that can tell nothing, or have no end."""
+    if most > SEED_LIMIT:
+        message = f"at most {SEED_LIMIT} seeds of each arm, which find a lead of a tenth of their spread, got {most}"
+        raise ConfigError(message, "--seeds")
     if first_look is None:
         if most < 2:
             message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
@@ -115,7 +137,9 @@ def _check_seeds(first_look: int | None, most: int) -> None:
         raise ConfigError(message, option)
 
 
-def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: Namespace) -> Path | None:
+def _tuned_baselines(
+    sweep: "Experiment", rivals: Sequence[str], args: Namespace, end: OnEnd
+) -> Path | None:
     """Tune the baselines that got fewer trials than the winner's objective; return that sweep.
 
     None if no baseline needs it.
@@ -147,7 +171,8 @@ def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: Namespace
                 space, name=name, storage=storage, callbacks=[shown], on_note=shown.note
             )
 
-        fit_tuner(progress_view(tuned), build, tuned)
+        end.begun = True
+        fit_tuner(progress_view(tuned), build, tuned, end)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
     if short := {
         name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n
@@ -163,20 +188,23 @@ def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: Namespace
     return tuned
 
 
-def compare_arms(comparison: "Experiment", address: str | None) -> int:
+def compare_arms(comparison: "Experiment", address: str | None, end: OnEnd) -> int:
     """Run the missing runs of a comparison, then open the test split and print the table."""
     from tfkd_ray.space.arms import read_comparison
+    from tfkd_ray.store.experiment import WHOLE_SWEEP
 
     directory = comparison.folder
     compared = read_comparison(directory)
+    comparison.storage.withdraw(comparison.name, WHOLE_SWEEP)  # of an earlier session
+    end.begun = True
     if not compared.ended:
-        code = _train_until_settled(compared, comparison, address)
+        code = _train_until_settled(compared, comparison, address, end)
         if code is not None:
             return code
         compared = read_comparison(directory)
     elif not compared.is_trained:
         join_ray(address, compared.runs[0].config.workers)
-        ended = _fit_arms(compared, comparison)
+        ended = _fit_arms(compared, comparison, end)
         if not ended:
             return FAILED if ended is None else told_of_interrupt(directory)
     from tfkd_ray.run.confirm import judge_on_test, outcome_table
@@ -204,7 +232,7 @@ def compare_arms(comparison: "Experiment", address: str | None) -> int:
 
 
 def _train_until_settled(
-    compared: "Comparison", comparison: "Experiment", address: str | None
+    compared: "Comparison", comparison: "Experiment", address: str | None, end: OnEnd
 ) -> int | None:
     """Add seeds to a sequential comparison until it ends; return an exit code if it cannot go on."""
     from tfkd_ray.run.confirm import ends_at_look
@@ -217,7 +245,7 @@ def _train_until_settled(
         over = {r.name for r in read_records(comparison.folder) if r.status in ("done", "failed")}
         if not over >= {run.name for run in runs}:
             join_ray(address, compared.runs[0].config.workers)
-            ended = _fit_arms(compared, comparison, seeds)
+            ended = _fit_arms(compared, comparison, end, seeds)
             if not ended:
                 return FAILED if ended is None else told_of_interrupt(comparison.folder)
         try:
@@ -231,7 +259,7 @@ def _train_until_settled(
 
 
 def _fit_arms(
-    compared: "Comparison", comparison: "Experiment", seeds: int | None = None
+    compared: "Comparison", comparison: "Experiment", end: OnEnd, seeds: int | None = None
 ) -> bool | None:
     """Train the missing runs of a comparison, of the first seeds or of all; see `fit_tuner`."""
     from tfkd_ray.run.confirm import comparison_tuner
@@ -248,4 +276,5 @@ def _fit_arms(
             comparison, callbacks=[shown], on_teacher=told, on_note=shown.note, seeds=seeds
         ),
         comparison.folder,
+        end,
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tfkd_ray.learn.config import TeacherRun
     from tfkd_ray.run.tune import OnTeacher
     from tfkd_ray.settings.yaml import Tree
+from tfkd_ray.cli.on_end import OnEnd
 from tfkd_ray.cli.terminal import how_made, leave, say_error, shell_word
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED
 
@@ -74,17 +75,21 @@ def progress_view(experiment: Path) -> Any:
     return Progress(experiment)
 
 
-def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
+def fit_tuner(
+    progress: Any, build: Callable[[Any], Any], experiment: Path, end: OnEnd | None = None
+) -> bool | None:
     """Build a Tuner and run it; return whether it ran to its end.
 
     None if something prevented it, after an error message.
     """
-    with head_needed(experiment, progress):
+    with head_needed(experiment, progress, end):
         return _fit_tuner(progress, build, experiment)
 
 
 @contextmanager
-def head_needed(experiment: Path | None = None, progress: Any = None) -> Iterator[None]:
+def head_needed(
+    experiment: Path | None = None, progress: Any = None, end: OnEnd | None = None
+) -> Iterator[None]:
     """End this command with a sentence if the head of its Ray cluster dies in this block."""
     from tfkd_ray.run.connect import head_watched
 
@@ -96,6 +101,8 @@ def head_needed(experiment: Path | None = None, progress: Any = None) -> Iterato
         if experiment is not None and any((experiment / name).is_file() for name in heads):
             again = f"resume with:\n  tfkd resume {shell_word(experiment)}"
         say_error(f"stopped: {what}; once a cluster runs again, {again}")
+        if end is not None:
+            end.run()
         os._exit(FAILED)  # threads that wait for Ray would wait until Ray kills this process
 
     with head_watched(gone):
@@ -132,7 +139,7 @@ def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> 
     finally:
         threading.excepthook = threading.__excepthook__
         progress.stop()
-    return not interrupted
+    return not interrupted and not progress.stopped_by
 
 
 @contextmanager
@@ -178,6 +185,6 @@ def _beside(say: Callable[..., None], *words: str) -> threading.Thread:
     return thread
 
 
-def told_of_interrupt(experiment: Path) -> int:
-    say_error(f"interrupted; resume with:\n  tfkd resume {shell_word(experiment)}")
+def told_of_interrupt(experiment: Path, how: str | None = None) -> int:
+    say_error(f"{how or 'interrupted'}; resume with:\n  tfkd resume {shell_word(experiment)}")
     return INTERRUPTED

@@ -21,6 +21,7 @@ from tfkd_ray.cli.compare import confirm_verb
 from tfkd_ray.cli.show import (
     best_verb,
     check_verb,
+    compare_verb,
     doctor_verb,
     explain_verb,
     export_verb,
@@ -32,10 +33,12 @@ from tfkd_ray.cli.show import (
     tensorboard_verb,
     trials_verb,
 )
+from tfkd_ray.cli.stop import stop_verb
 from tfkd_ray.cli.sweep import resume_verb, tune_verb
 from tfkd_ray.cli.terminal import (
     BUDGET_OPTIONS,
     DEFAULT_BASELINES,
+    DEFAULT_SEEDS,
     DEFAULT_STORAGE,
     DEFAULT_TOP_K,
     experiment_place,
@@ -48,7 +51,7 @@ from tfkd_ray.cli.terminal import (
 from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT, ConfigError, Unreachable
 from tfkd_ray.settings.own_code import enter_job
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import HIDDEN, masked
 
 EXPERIMENT = "name in ./tfkd_results, directory or URL of the experiment; @last: the newest"
 
@@ -208,10 +211,27 @@ def _given_words() -> list[str]:
     if given is not None:
         return [str(word) for word in json.loads(given)]
     words = sys.argv[1:]
-    if any(masked(word) != word for word in words):
+    shown = without_secret_words(words)
+    if shown != words:
         os.environ[_WORDS] = json.dumps(words)
-        os.execv(sys.executable, [sys.executable, *(masked(word) for word in sys.orig_argv[1:])])
+        start = sys.orig_argv[1 : len(sys.orig_argv) - len(words)]
+        os.execv(sys.executable, [sys.executable, *start, *shown])
     return words
+
+
+def without_secret_words(words: Sequence[str]) -> list[str]:
+    """Return the words with *** for passwords, and for the command of `--on-end`."""
+    shown = [masked(word) for word in words]
+    if words[:1] and words[0] in ("tune", "resume", "confirm"):
+        for place, word in enumerate(words[1:], start=1):
+            option, equals, _ = word.partition("=")
+            if len(option) < 3 or not "--on-end".startswith(option):  # argparse takes --on, too
+                continue
+            if equals:
+                shown[place] = f"{option}={HIDDEN}"
+            elif place + 1 < len(words):
+                shown[place + 1] = HIDDEN
+    return shown
 
 
 def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -265,6 +285,7 @@ def _parser() -> ArgumentParser:
         "--name", help="name of the experiment (default: the file's name and the time)"
     )
     _elsewhere(sub)
+    _on_end(sub)
 
     _budgets(sub)
     sub.add_argument(
@@ -288,7 +309,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument(
         "--space",
         metavar="FILE",
-        help="continue in a wider space, which must contain every trial of this one",
+        help="continue in a wider or narrower space; trials outside of it stay on record",
     )
     _flag(sub, "--retry-failed", "retry the failed trials (a comparison always retries them)")
     _budgets(sub)
@@ -298,6 +319,20 @@ def _parser() -> ArgumentParser:
         help="URL of the study's Optuna storage, if TFKD_STORAGE does not hold it",
     )
     _elsewhere(sub)
+    _on_end(sub)
+
+    sub = verb(
+        "stop",
+        stop_verb,
+        "Stop a running sweep, which can be resumed, or single trials of it; from any terminal or machine.",
+    )
+    sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
+    sub.add_argument(
+        "trials",
+        nargs="*",
+        metavar="TRIAL",
+        help="trials to stop for good: names, their unique beginnings, or numbers (default: the sweep)",
+    )
 
     sub = verb(
         "check",
@@ -310,9 +345,11 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "plan",
         plan_verb,
-        "Estimate the cost of a sweep: trials, epochs, hours, money, disk; starts nothing.",
+        "Estimate the cost of a sweep or of a comparison of arms: trials, epochs, hours, money, disk; "
+        "starts nothing.",
     )
-    file_and_overrides(sub, "a search-space file")
+    file_and_overrides(sub, "a search space, or an arms file")
+    _of_a_comparison(sub, None)
     _flag(sub, "--probe", "train a few steps of each objective here to estimate the hours")
     sub.add_argument(
         "--slots",
@@ -357,23 +394,15 @@ def _parser() -> ArgumentParser:
     _flag(sub, "--fail-if-not-better", "exit with code 7 unless an arm is better")
     download(sub)
     storage(sub)
-    sub.add_argument(
-        "--seeds",
-        type=_seeds,
-        default=(None, 5),
-        metavar="N|FIRST..LIMIT",
-        help="seeds per arm (default: 5, which detect gains of about a point; 10 detect half a point); "
-        "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
-    )
+    _of_a_comparison(sub, DEFAULT_SEEDS)
     sub.add_argument(
         "--preset", choices=["smoke"], help="smoke: scale the arms down, as a smoke test"
     )
-    _flag(sub, "--train-only", "leave validation out of training")
-    _flag(sub, "--teacher-per-seed", "train a teacher for each seed, also for kd")
     sub.add_argument(
         "--name", help="name of the comparison (default: the file's name and the time)"
     )
     _elsewhere(sub)
+    _on_end(sub)
 
     sub = verb(
         "export",
@@ -428,8 +457,13 @@ def _parser() -> ArgumentParser:
     experiment(sub)
     _flag(sub, "--json", "for programs")
 
-    sub = verb("trials", trials_verb, "List the trials of an experiment.")
+    def others(sub: ArgumentParser, nargs: str = "*") -> None:
+        sub.add_argument("others", type=experiment_place, nargs=nargs, metavar="EXPERIMENT",
+                         help="others, side by side with it")  # fmt: skip
+
+    sub = verb("trials", trials_verb, "List the trials of an experiment, or of several.")
     experiment(sub)
+    others(sub)
     sub.add_argument(
         "--sort", default="number", metavar="FIELD[:desc]", help="sort by a metric or a parameter"
     )
@@ -452,9 +486,20 @@ def _parser() -> ArgumentParser:
     _flag(sub, "--json", "for programs")
 
     sub = verb(
-        "report", report_verb, "Write a report on an experiment or a comparison as one HTML page."
+        "compare",
+        compare_verb,
+        "Show sweeps side by side: the best of each, settings that differ, pairs of equal trials.",
+    )
+    sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
+    others(sub, "+")
+
+    sub = verb(
+        "report",
+        report_verb,
+        "Write a report on an experiment or a comparison, or on several sweeps, as one HTML page.",
     )
     experiment(sub)
+    others(sub)
     sub.add_argument(
         "-o",
         "--out",
@@ -463,7 +508,8 @@ def _parser() -> ArgumentParser:
         metavar="FILE",
         help="output file (default: report.html; - or /dev/stdout: standard output)",
     )
-    sub.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as SVG")
+    sub.add_argument("--figures", type=Path, metavar="DIR",
+                     help="also write the figures as SVG, and heat maps as CSV and LaTeX")  # fmt: skip
     sub.add_argument("--confirm", type=experiment_place, action="append", metavar="DIR",
                      help="comparison to include (default: all of this sweep's)")  # fmt: skip
 
@@ -516,6 +562,15 @@ def _elsewhere(sub: ArgumentParser) -> None:
     _flag(sub, "--detach", "do not follow the job")
 
 
+def _on_end(sub: ArgumentParser) -> None:
+    sub.add_argument(
+        "--on-end",
+        metavar="COMMAND",
+        help="shell command to run once it has ended, with TFKD_EXPERIMENT and TFKD_STATUS "
+        "(finished, stopped, failed) in its environment",
+    )
+
+
 def _cluster_parser(sub: ArgumentParser) -> None:
     actions = sub.add_subparsers(
         dest="do", required=True, metavar="check|up|status|submit|logs|down"
@@ -554,6 +609,20 @@ def _budgets(sub: ArgumentParser) -> None:
     for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
                          help=f"stop the sweep, which can be resumed, after so many {text}")  # fmt: skip
+
+
+def _of_a_comparison(sub: ArgumentParser, seeds: tuple[int | None, int] | None) -> None:
+    """Add the options that say which runs a comparison has."""
+    sub.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=seeds,
+        metavar="N|FIRST..LIMIT",
+        help="seeds per arm (default: 5, which detect gains of about a point; 10 detect half a point); "
+        "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
+    )
+    _flag(sub, "--train-only", "leave validation out of training")
+    _flag(sub, "--teacher-per-seed", "train a teacher for each seed, also for kd")
 
 
 def _seeds(text: str) -> tuple[int | None, int]:

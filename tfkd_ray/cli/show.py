@@ -7,13 +7,22 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.space.space import Parameter, Space
 from tfkd_ray.cli.fit import join_ray
-from tfkd_ray.cli.terminal import DEFAULT_STORAGE, how_made, load_file, say_error, short_path
+from tfkd_ray.cli.terminal import (
+    DEFAULT_SEEDS,
+    DEFAULT_STORAGE,
+    how_made,
+    load_file,
+    say_error,
+    short_path,
+)
 from tfkd_ray.settings.columns import wrapped
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, Sentences
 
@@ -44,10 +53,12 @@ def doctor_verb(args: Namespace) -> int:
 
 
 def check_verb(args: Namespace) -> int:
+    from tfkd_ray.show.plan import ratios_of, unlabelled_ratio
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import warnings_of
 
     notes: list[str] = []
+    ratios: list[float] = []
     if is_arms_file(args.file):
         if args.all:
             raise ConfigError(
@@ -61,10 +72,12 @@ def check_verb(args: Namespace) -> int:
         print(*wrapped(listed), sep="\n")
         for arm in compared.arms:
             notes += arm.config.try_own_code()
+            ratios.append(unlabelled_ratio(arm.config))
     else:
         space = load_file(args)
         notes += space.try_own_code()
         example = space.example
+        ratios += [ratio for branch in space.branches for ratio in ratios_of(branch)]
         print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *print_notes(space)]))
         for warning in warnings_of(space):
             print(*wrapped(f"warning: {warning}"), sep="\n")
@@ -72,21 +85,77 @@ def check_verb(args: Namespace) -> int:
         print(*wrapped(f"note: {note}"), sep="\n")
     try:
         example.data.check()
+        for line in _unlabelled(example, ratios):
+            print(*wrapped(line), sep="\n")
     except ConfigError as error:  # a file may be checked on a machine without its data
         print(*wrapped(f"note: on this machine {error}"), sep="\n")
     return OK
 
 
+def _unlabelled(example: "TrainConfig", ratios: Sequence[float]) -> Sentences:
+    """Yield how many unlabelled images there are, and a note if they are those of validation.
+
+    Args:
+        ratios: for each labelled image of a step, in all of the file; 0 where there are none.
+    """
+    data = example.data
+    if data.unlabelled is None:
+        return
+    from tfkd_ray.learn.dataset import notes_on_unlabelled
+    from tfkd_ray.learn.unlabelled import number_beside
+
+    count, size = len(data.load_unlabelled()), example.optim.batch_size
+    numbers = sorted({number_beside(size, ratio) for ratio in ratios if ratio})
+    each = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+    yield f"unlabelled images: {count} ({data.unlabelled}), {each} beside {size} labelled ones in a step"
+    yield from (f"note: {note}" for note in notes_on_unlabelled(data))
+
+
 def plan_verb(args: Namespace) -> int:
     from tfkd_ray.show.plan import lines, plan, slots_here
+    from tfkd_ray.space.arms import is_arms_file
 
     if args.slots == 0:
         raise ConfigError("--slots: at least 1, got 0")
+    if is_arms_file(args.file):
+        return _plan_comparison(args)
+    given = {
+        "--seeds": args.seeds,
+        "--train-only": args.train_only,
+        "--teacher-per-seed": args.teacher_per_seed,
+    }
+    if ignored := [option for option, value in given.items() if value]:
+        problems = [f"{option}: is for an arms file, not for a search space" for option in ignored]
+        raise ConfigError(problems, args.file)
     space = load_file(args)
     if args.probe:
         space.example.data.check()
     found, slots = plan(space, probe=args.probe), args.slots or slots_here(space)
     print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
+    return OK
+
+
+def _plan_comparison(args: Namespace) -> int:
+    from tfkd_ray.cli.compare import check_seeds
+    from tfkd_ray.show.plan import lines, plan_comparison, run_slots_here
+    from tfkd_ray.space.arms import load_arms, seeds_from
+
+    first_look, most = args.seeds or DEFAULT_SEEDS
+    check_seeds(first_look, most)
+    compared = load_arms(args.file, args.overrides)
+    if args.probe:
+        compared.example.data.check()
+    found = plan_comparison(
+        compared,
+        seeds_from(most),
+        teacher_per_seed=args.teacher_per_seed,
+        hold_out=args.train_only,
+        probe=args.probe,
+    )
+    slots = args.slots or run_slots_here(compared.example, sum(p.trials for p in found.parts))
+    print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
+    if first_look is not None:
+        print(f"this is the limit of {most} seeds; it ends sooner once every verdict is settled")
     return OK
 
 
@@ -105,23 +174,30 @@ def explain_verb(args: Namespace) -> int:
 def _describe(space: "Space") -> Sentences:
     """Yield what is searched, for all objectives and for each, line by line."""
     from tfkd_ray.space.relate import warm_points
+    from tfkd_ray.verdict.limits import limits_text
 
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
     search, epochs = space.search, space.epochs
     rungs = space.rungs
-    share = search.num_samples // len(space.branches)
+    share = search.most_trials // len(space.branches)
     per = (
         f"{share} for each of {len(space.branches)} objectives"
         if search.split and len(space.branches) > 1
         else ""
     )
-    yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
+    if search.num_samples is None:
+        yield f"trials until a budget is spent, {epochs} epochs each"
+    else:
+        yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
     yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
         f" after {rungs} epochs" if rungs else ""
     )
+    yield from _grid_lines(space)
     yield from wrapped(
         f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
     )
+    if search.constraints:
+        yield from wrapped(f"constraints on the best trial: {limits_text(search.limits)}")
     yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
     for point in warm_points(space):
         yield from wrapped(f"tried first: {point.objective}: {point.origin}")
@@ -134,6 +210,18 @@ def _describe(space: "Space") -> Sentences:
         yield from _parameter_lines(own)
     for run in space.teacher_runs():
         yield from wrapped(f"teacher, once before the trials: {how_made(run)}")
+
+
+def _grid_lines(space: "Space") -> Sentences:
+    """Yield what is done with each combination of a grid; nothing for other samplers."""
+    from tfkd_ray.space.search_config import Grid
+
+    if not isinstance(space.sampler, Grid):
+        return
+    done = "runs its full length, as search.stopping is not set or none"
+    if space.rungs:
+        done = "may be stopped early, as search.stopping says; set it to none for a full table"
+    yield from wrapped(f"every combination is one trial; it {done}")
 
 
 def _parameter_lines(parameters: "list[Parameter]") -> Sentences:
@@ -153,7 +241,12 @@ def _fixed(space: "Space", *, whole: bool) -> Sentences:
     from tfkd_ray.settings.yaml import in_yaml, leaves_of
 
     data, recipe = space.example.data, space.example.recipe
-    bare = {"objective": "ce", "data": data, "recipe": recipe, "precision": space.tree["precision"]}
+    bare = {
+        "objective": "ce",
+        "data": data.labelled,
+        "recipe": recipe,
+        "precision": space.tree["precision"],
+    }
     usual = dict(leaves_of(TrainConfig.model_validate(bare).tree))
     own = {"name", *data.model_dump(exclude_defaults=True)}
     searched = {p.path for p in space.parameters}
@@ -215,7 +308,7 @@ def best_verb(args: Namespace) -> int:
     if len(plan.metrics) > 1:
         from tfkd_ray.store.experiment import pareto
 
-        front = pareto(records, plan.metrics)
+        front = pareto(records, plan.metrics, plan.limits)
         if not front:
             raise ConfigError(
                 f"no trial of full length has a value of {' and of '.join(plan.metrics)}",
@@ -242,6 +335,7 @@ def trials_verb(args: Namespace) -> int:
             columns=args.columns,
             limit=args.limit,
             output=args.output,
+            others=[experiment_of(place).folder for place in args.others],
         )
     )
     return OK
@@ -301,9 +395,22 @@ def report_verb(args: Namespace) -> int:
     from tfkd_ray.show.python import write_report
 
     for path in write_report(
-        args.experiment, args.out, figures=args.figures, comparisons=args.confirm
+        args.experiment,
+        args.out,
+        figures=args.figures,
+        comparisons=args.confirm,
+        others=args.others,
     ):
         print(path)
+    return OK
+
+
+def compare_verb(args: Namespace) -> int:
+    from tfkd_ray.show.several import read_several, side_by_side_lines
+    from tfkd_ray.store.storage import experiment_of
+
+    several = read_several([experiment_of(p).folder for p in (args.experiment, *args.others)])
+    print(*side_by_side_lines(several), sep="\n")
     return OK
 
 

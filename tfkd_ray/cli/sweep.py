@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tfkd_ray.store.experiment import Record
 from tfkd_ray.cli.compare import compare_arms
 from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_line, told_of_interrupt
+from tfkd_ray.cli.on_end import STOPPED, OnEnd
 from tfkd_ray.cli.show import print_notes
 from tfkd_ray.cli.terminal import (
     BUDGET_OPTIONS,
@@ -64,6 +65,7 @@ def tune_verb(args: Namespace) -> int:
         say_error(line)
     return _sweep(
         space,
+        OnEnd(args.on_end, storage.folder / name),
         storage.folder / name,
         lambda progress: build_tuner(
             space,
@@ -80,6 +82,7 @@ def tune_verb(args: Namespace) -> int:
 
 def resume_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import resume_as_job
+    from tfkd_ray.space.search_config import more_samples
     from tfkd_ray.space.space import build_space, load_space
     from tfkd_ray.store.experiment import read_experiment
     from tfkd_ray.store.storage import to_continue
@@ -102,15 +105,17 @@ def resume_verb(args: Namespace) -> int:
                 for option in wrong
             ]
             raise ConfigError(problems, experiment)
-        return compare_arms(found, args.address)
+        with OnEnd(args.on_end, experiment) as end:
+            return end.of_code(compare_arms(found, args.address, end))
     about = read_experiment(experiment)
     if told := remember(about.get("directory")):
         say_error(told)
-    about["space"]["search"]["num_samples"] += args.add_trials
+    samples = about["space"]["search"]["num_samples"]
+    about["space"]["search"]["num_samples"] = more_samples(samples, args.add_trials)
     space = build_space(about["space"], experiment / "experiment.yaml")
     wider = load_space(args.space) if args.space else None
     if wider is not None:
-        samples = wider.search.num_samples + args.add_trials
+        samples = more_samples(wider.search.num_samples, args.add_trials)
         space = dataclasses.replace(
             wider, search=wider.search.model_copy(update={"num_samples": samples})
         )
@@ -119,6 +124,7 @@ def resume_verb(args: Namespace) -> int:
 
     return _sweep(
         space,
+        OnEnd(args.on_end, experiment),
         experiment,
         lambda progress: resume_tuner(
             found,
@@ -135,14 +141,30 @@ def resume_verb(args: Namespace) -> int:
     )
 
 
-def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
-    """Run a Tuner with our table and Ctrl-C handling, then print the results."""
+def _sweep(space: "Space", end: OnEnd, experiment: Path, build: Callable[[Any], Any]) -> int:
+    """Run a Tuner and print the results; then run the command of `--on-end`."""
     progress = progress_view(experiment)
+    with end:
+        try:
+            code = end.of_code(_fit_and_print(space, progress, experiment, build, end))
+        finally:
+            end.begun = progress.begun
+        if progress.ended_by and space.search.num_samples is not None and code == OK:
+            end.status = STOPPED
+        return code
+
+
+def _fit_and_print(
+    space: "Space", progress: Any, experiment: Path, build: Callable[[Any], Any], end: OnEnd
+) -> int:
+    """Run a Tuner with our table and Ctrl-C handling, then print the results."""
     try:
-        ended = fit_tuner(progress, build, experiment)
+        ended = fit_tuner(progress, build, experiment, end)
         if ended is None:
             return FAILED
-        code = _print_summary(space, experiment, whole=ended and not progress.ended_by)
+        endless = space.search.num_samples is None  # its budget is its end
+        whole = ended and (endless or not progress.ended_by)
+        code = _print_summary(space, experiment, whole=whole)
     except KeyboardInterrupt:
         if not (experiment / "experiment.yaml").is_file():
             raise
@@ -154,21 +176,23 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
             for option, name, unit, _ in BUDGET_OPTIONS
             if f".{name}: " in progress.ended_by
         )
+        how = "ended" if endless else "ended early"
         print(
-            f"ended early: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
+            f"{how}: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
         )
-    return code if ended else told_of_interrupt(experiment)
+    return code if ended else told_of_interrupt(experiment, progress.stopped_by)
 
 
 def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print the best trial beside the best baseline; after a full sweep also the next step."""
     from tfkd_ray.show.receipt import receipt_lines
+    from tfkd_ray.space.search_config import Grid
     from tfkd_ray.store.experiment import best, furthest, read_records
 
     records = read_records(experiment)
     count = Counter(record.status for record in records)
     _print_counts(records, count, experiment)
-    winner = best(records, space.search.metric)
+    winner = best(records, space.search.metric, space.search.limits)
     if winner is None:
         begun = (
             "no trial of full length yet" if records else "no trial had begun when the sweep ended"
@@ -193,7 +217,9 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     print(f"  tfkd report {where}")
     print(f"  tfkd tensorboard {where}")
     print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
-    print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
+    is_grid = isinstance(space.sampler, Grid)  # which has no more combinations
+    if space.search.num_samples is not None and not is_grid:
+        print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
     return OK
 
 
@@ -221,14 +247,20 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.store.experiment import best, pareto
+    from tfkd_ray.verdict.limits import is_feasible, limits_text
 
-    metric = space.search.metric
+    metric, limits = space.search.metric, space.search.limits
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
+    if limits and is_feasible(limits, winner.last):
+        print(*wrapped(f"it meets the constraints: {limits_text(limits)}", first="  "), sep="\n")
+    elif limits:
+        text = f"no trial of full length meets the constraints: {limits_text(limits)};"
+        print(*wrapped(f"{text} it is the best of those that do not", first="  "), sep="\n")
     for key, value in winner.parameters.items():
         shown = f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
         print(f"  {key:<34} {shown}")
     for name in ("ce", "lsr"):
-        rival = best([r for r in records if r.objective == name], metric)
+        rival = best([r for r in records if r.objective == name], metric, limits)
         if rival is not None and rival is not winner:
             print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
     ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
@@ -237,6 +269,6 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     if space.search.more_metrics:
         metrics = space.search.metrics
         print(f"\nnone is better in all of {', '.join(metrics)} than:")
-        for record in pareto(records, metrics):
+        for record in pareto(records, metrics, limits):
             values = ", ".join(f"{metric} {record.last[metric]:.6g}" for metric in metrics)
             print(f"  {record.name:<24} {values}")

@@ -26,6 +26,8 @@ BUDGETS = tuple(name for _, name, _, _ in BUDGET_OPTIONS)
 """Names of the budgets in `search`; each option sets one."""
 DEFAULT_STORAGE = Path("tfkd_results")
 DEFAULT_TOP_K = 3
+DEFAULT_SEEDS = (None, 5)
+"""No first look, and 5 seeds of each arm."""
 DEFAULT_BASELINES = "ce,lsr,scaled,published"
 
 
@@ -170,7 +172,7 @@ def same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
     path = out / "config.yaml"
     if path.exists():
         there = validated(TrainConfig, read_yaml(path), path)
-        config = config.with_digest(there.data.digest)
+        config = config.with_digests(there.data.digests)
         if there.fingerprint() != config.fingerprint():
             raise ConfigError(
                 "holds another run (see its config.yaml); choose another directory: --out DIR", out

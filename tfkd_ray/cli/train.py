@@ -93,6 +93,7 @@ def train_verb(args: Namespace) -> int:
         )
     space = load_file(args)
     config = space.single()
+    from tfkd_ray.learn.dataset import notes_on_unlabelled
     from tfkd_ray.settings.files import check_writable, expanded
 
     name = f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -103,6 +104,8 @@ def train_verb(args: Namespace) -> int:
     for note in config.try_own_code():
         say_error(f"note: {note}")
     config = same_run(config, out)
+    for note in notes_on_unlabelled(config.data):
+        say_error(f"note: {note}")
     pressed: list[int] = []
 
     def after_the_epoch(number: int, frame: Any) -> None:

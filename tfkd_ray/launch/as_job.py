@@ -41,6 +41,11 @@ def check_options(args: Namespace) -> None:
         raise ConfigError(
             "--detach: needs --cluster FILE or --address http://...: what runs here ends with this command"
         )
+    if is_job(args) and getattr(args, "on_end", None):
+        raise ConfigError(
+            "--on-end: a job ends on the cluster, where everyone sees its command; run yours after this one, which "
+            "follows the job: tfkd ... ; COMMAND"
+        )
     address = args.address or ""
     if "://" in address and not is_job(args):
         got = shown(address)

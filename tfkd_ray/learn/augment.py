@@ -185,6 +185,11 @@ class Augment(Settings):
         return not (self._moves or self.has_policy or self.erase or self.mixes)
 
     @property
+    def is_fixed(self) -> bool:
+        """Return whether images look the same in all epochs."""
+        return self.is_none and not self.resized_crop
+
+    @property
     def mixes(self) -> bool:
         """Return whether images are mixed, and their labels with them."""
         return bool(self.mixup or self.cutmix)
@@ -200,8 +205,7 @@ class Augment(Settings):
 
     def key(self, seed: int, epoch: int) -> dict[str, Any]:
         """Return the key of an epoch's view; without random augmentation all epochs share one."""
-        fixed = self.is_none and not self.resized_crop
-        which = {} if fixed else {"seed": seed, "epoch": epoch}
+        which = {} if self.is_fixed else {"seed": seed, "epoch": epoch}
         return {"split": "train", "augment": self.model_dump(mode="json"), **which}
 
     def of_epoch(self, seed: int, epoch: int, images: Images, size: tuple[int, int]) -> EpochView:

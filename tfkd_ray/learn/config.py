@@ -50,9 +50,10 @@ from tfkd_ray.learn.objectives import (
 from tfkd_ray.learn.optimizers import Count, Optim, OptimConfig, Positive
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.own_loss import Layers
+from tfkd_ray.learn.unlabelled import REST, is_array
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
-from tfkd_ray.settings.schema import Settings, members, name_alone, tag
+from tfkd_ray.settings.schema import Settings, leaves, members, name_alone, tag
 
 if TYPE_CHECKING:
     from torch import nn
@@ -406,7 +407,7 @@ class TrainConfig(Settings):
                 f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
             )
         problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
-        problems += self._augment_problems()
+        problems += [*self._augment_problems(), *self._unlabelled_problems()]
         problems += [*self._layer_problems(), *self._optim_problems()]
         if self.teachers:
             problems += self._several_problems() or self._twins()
@@ -514,6 +515,50 @@ class TrainConfig(Settings):
         if isinstance(self.objective, OwnObjective):
             way = f"declare {called}.soft_labels = True if it takes probabilities [B, K], or leave mixup and cutmix out"
         yield f"{where}: objective {called} has no form for the labels of mixed images; {way}"
+
+    def _unlabelled_problems(self) -> Iterator[str]:
+        """Yield a sentence for each setting that does not go with images without labels."""
+        data, called = self.data, self.objective.called
+        if data.unlabelled is None:
+            if data.unlabelled_ratio != 1:
+                yield (
+                    f"data.unlabelled_ratio: is for unlabelled images, and data.unlabelled gives none, got "
+                    f"{data.unlabelled_ratio:g}; leave it out"
+                )
+            return
+        if not self.objective.learns_without_labels:
+            why = "learns from no teacher, and images without labels have no other target"
+            if self.objective.needs_teacher:
+                why = "has no form for images without labels"
+            yield (
+                f"data.unlabelled: objective {called} {why}, got {data.unlabelled}; use one of "
+                f"{', '.join(sorted(WITHOUT_LABELS))}, or leave it out"
+            )
+        if self.loop is not None:
+            yield (
+                "data.unlabelled: the loop of this package adds them to its steps; leave it out, and read them in your "
+                "own loop"
+            )
+        if data.unlabelled == REST and data.subset is None:
+            yield "data.unlabelled: rest is what data.subset leaves out, and there is none; set data.subset"
+        if self.augment.resized_crop and (
+            own_code.is_function(data.unlabelled) or is_array(data.unlabelled)
+        ):
+            yield (
+                f"augment.resized_crop: crops image files as they are decoded, and data.unlabelled, {data.unlabelled}, "
+                "is an array; give a folder of images, or leave the crop out"
+            )
+        size = self.optim.batch_size
+        if round(data.unlabelled_ratio * size) < 1:
+            yield (
+                f"data.unlabelled_ratio: beside {size} labelled images it is none, got {data.unlabelled_ratio:g}; "
+                "raise it, or leave data.unlabelled out"
+            )
+        if self.compile == "on" and self.optim.accumulate > 1:
+            yield (
+                "compile: pieces of a batch with unlabelled images have more sizes than torch keeps graphs of; set "
+                "compile: off, or optim.accumulate: 1"
+            )
 
     def _given_teachers(self) -> dict[str, TeacherConfig]:
         """Return the settings of each teacher by their path; without any, the defaults of one."""
@@ -672,7 +717,7 @@ class TrainConfig(Settings):
         return TeacherRun(
             **begins,
             recipe=self.recipe,
-            data=self.data,
+            data=self.data.labelled,
             augment=self.augment,
             student=teacher.model or self.student,
             objective=teacher.objective,
@@ -858,14 +903,16 @@ class TrainConfig(Settings):
         return resized(self.data.shape, shown)
 
     def pinned(self) -> Self:
-        """Return the same run with the digest of the local data recorded; see `Dataset.pinned`."""
+        """Return the same run with the digests of the local data recorded; see `Dataset.pinned`."""
         return self.model_copy(update={"data": self.data.pinned()})
 
-    def with_digest(self, digest: str | None) -> Self:
-        """Return the same run with this data digest, unless it has one already."""
-        if self.data.digest is not None or digest is None:
-            return self
-        return self.model_copy(update={"data": self.data.model_copy(update={"digest": digest})})
+    def with_digests(self, digests: Mapping[str, str]) -> Self:
+        """Return the same run with these digests of its data, where it has none already."""
+        known = {*self.data.digests}
+        if self.data.unlabelled is None:
+            known.add("unlabelled_digest")
+        new = {name: digest for name, digest in digests.items() if name not in known}
+        return self.model_copy(update={"data": self.data.with_digests(new)}) if new else self
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Return whether the run ends after the epoch with these metrics."""
@@ -1000,6 +1047,12 @@ def _is_named_apart(given: Any, default: Any) -> bool:
     )
 
 
+WITHOUT_LABELS = {
+    str(tag(kind))
+    for kind in leaves(Objective)
+    if issubclass(kind, Canonical) and kind.learns_without_labels
+}
+"""Objectives that learn from images without labels, too."""
 TINY_NETWORK = 2e6
 """Operations per forward pass below which bfloat16 gains nothing (measured: 0.5 to 1.5 times as
 fast, above it 1.9 times)."""

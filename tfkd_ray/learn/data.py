@@ -68,7 +68,7 @@ class Digits(Dataset):
 
     name: Literal["digits"] = "digits"
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError if scikit-learn's file is missing."""
         _digits_file()
 
@@ -120,7 +120,7 @@ class OwnData(Dataset):
                 )
         return self
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError if the function is missing or refuses these arguments; not called."""
         self._function()
 

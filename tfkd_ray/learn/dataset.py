@@ -6,6 +6,7 @@ Shapes: N = images, C = channels, H, W = height and width.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import http.client
@@ -14,16 +15,32 @@ import os
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
-from tfkd_ray.learn.images import FolderSet, Images, ImageSet, generator
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.learn.images import FolderSet, Images, ImageSet, check_headers, generator
+from tfkd_ray.learn.unlabelled import (
+    REST,
+    Source,
+    absolute_source,
+    check_unlabelled,
+    count_in,
+    found_in,
+    sources_of,
+    without_labels,
+)
+from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.files import expanded, remembered, state_of, whole_file
 from tfkd_ray.settings.schema import Settings
 from tfkd_ray.settings.yaml import Tree
@@ -142,6 +159,21 @@ def seal_test_split() -> None:
     _test_split_sealed = True
 
 
+def _count_or_share(value: Any) -> Any:
+    if isinstance(value, float) and value > 1 and value.is_integer():
+        value = int(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not value > 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError(
+            f"a whole number of images from 1, or a fraction between 0 and 1, got {value!r}"
+        )
+    return value
+
+
+CountOrShare = Annotated[int | float, BeforeValidator(_count_or_share)]
+"""A whole number from 1, or a fraction above 0 and below 1."""
+
+
 class Dataset(Settings):
     """Base class of all data sets: their facts, and the validation split cut from train."""
 
@@ -175,7 +207,9 @@ class Dataset(Settings):
     """Settings of where the images are and how they are read; they affect no number."""
     known_by_digest: ClassVar[set[str]] = set()
     """Settings that identify a data set only if it has no digest."""
-    later: ClassVar[frozenset[str]] = frozenset({"digest"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"digest", "label_noise", "unlabelled", "unlabelled_ratio", "unlabelled_digest"}
+    )
     recipes: ClassVar[dict[str, Tree]] = {"plain": {}, "modern": MODERN, "patient": PATIENT}
     """Default settings by recipe name; the first recipe is the default. Explicit settings override
     them."""
@@ -183,9 +217,14 @@ class Dataset(Settings):
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Fraction of the official train set that is held out for validation, the same fraction of
     every class. 0: no validation split, for training a final student."""
-    subset: Annotated[int, Field(ge=1)] | None = None
-    """Approximate number of images of the official train set to use, the same fraction of every
-    class. None: all."""
+    subset: CountOrShare | None = None
+    """Approximate number of images of the official train set to use, for train and validation
+    together; below 1, the fraction of the train split to use, with all of validation. The same
+    fraction of every class. None: all."""
+    label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a train image has a wrong label, each of the other classes alike (symmetric
+    noise). It depends on (`split_seed`, image) alone; validation and test keep their labels, and
+    teachers of this data set learn from the wrong ones, too."""
     split_seed: int = 0
     """Seed of the validation split and the subset, which depend only on (data set, split_seed),
     never on the trial's seed."""
@@ -193,6 +232,27 @@ class Dataset(Settings):
     """Identity of the official train set: see `digest_of`. None: computed and recorded when an
     experiment begins. Data with another digest raise an error, so that no experiment mixes two data
     sets."""
+    unlabelled: Annotated[str, AfterValidator(absolute_source)] | None = None
+    """Images without labels, for the soft part of objectives with a trained teacher: a folder of
+    image files at any depth, a file of one array (.npy, .npz: uint8 [N, C, H, W]), a function of
+    your own (`package.module:function`, called with "unlabelled"), or `rest`, what `subset` leaves
+    out. They have the size and channels of the data set. Location only: `unlabelled_digest`
+    identifies them."""
+    unlabelled_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Unlabelled images in a step for each labelled one, rounded."""
+    unlabelled_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    """Identity of the unlabelled images, as `digest` for the labelled ones; of `rest`, None."""
+
+    @model_serializer(mode="wrap")
+    def _without_neutral(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the settings, without those of noise and of unlabelled images if there are none."""
+        tree: dict[str, Any] = handler(self)
+        if not self.label_noise:
+            tree.pop("label_noise", None)
+        if self.unlabelled is None:
+            for name in OF_UNLABELLED:
+                tree.pop(name, None)
+        return tree
 
     def load(self) -> tuple[Images, Images | None]:
         """Return (train, validation): disjoint, stratified parts of the official train set.
@@ -204,25 +264,73 @@ class Dataset(Settings):
             raise ConfigError(f"data {self.name}: {self._other_data(found)}")
         return found.train, found.val
 
+    def load_unlabelled(self) -> Images:
+        """Return the unlabelled images; the labels are all 0."""
+        found = load_unlabelled(self)
+        if self.unlabelled_digest is not None and found.digest != self.unlabelled_digest:
+            raise ConfigError(
+                f"data.unlabelled: the images at {self.unlabelled} are others than those that were recorded (digest "
+                f"{found.digest}, not {self.unlabelled_digest}); put those back, or begin a new experiment"
+            )
+        return found.images
+
     def pinned(self) -> Self:
-        """Return the data set with the local data's digest; raise a ConfigError on a mismatch."""
+        """Return the data set with the local data's digests; raise a ConfigError on a mismatch."""
+        found: dict[str, str] = {}
         if self.digest is None:
-            found = load_official(self._of_any_digest)
-            if not found.checked:
-                self._check_same_again(found)
-                found.checked = True
-            return self.model_copy(update={"digest": found.digest})
-        self.load()
-        return self
+            official = load_official(self._of_any_digest)
+            if not official.checked:
+                self._check_same_again(official)
+                official.checked = True
+            found["digest"] = official.digest
+        else:
+            self.load()
+        if self.unlabelled is not None:
+            self.load_unlabelled()
+            of_unlabelled = load_unlabelled(self).digest
+            found |= {} if of_unlabelled is None else {"unlabelled_digest": of_unlabelled}
+        return self.with_digests(found)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Return the recorded digests by the names of their settings."""
+        both = {"digest": self.digest, "unlabelled_digest": self.unlabelled_digest}
+        return {name: digest for name, digest in both.items() if digest is not None}
+
+    def with_digests(self, digests: Mapping[str, str]) -> Self:
+        """Return the data set with these digests recorded."""
+        if all(getattr(self, name) == digest for name, digest in digests.items()):
+            return self
+        return self.model_copy(update=dict(digests))
+
+    @property
+    def labelled(self) -> Self:
+        """Return the same data set without unlabelled images."""
+        if self.unlabelled is None:
+            return self
+        neutral = {name: type(self).model_fields[name].default for name in OF_UNLABELLED}
+        return self.model_copy(update=neutral)
 
     def identity(self) -> Tree:
-        """Return the settings and digest that identify these images, as JSON, without paths."""
+        """Return the settings and digests that identify these images, as JSON, without paths."""
         out = self.places | (self.known_by_digest if self.digest else set())
+        if self.unlabelled_digest is not None:
+            out |= {"unlabelled"}
         return {name: value for name, value in self.content().items() if name not in out}
 
     @property
     def _of_any_digest(self) -> Self:
-        return self.model_copy(update={"digest": None})
+        return self.labelled.model_copy(update={"digest": None})
+
+    @property
+    def _of_unlabelled(self) -> Source:
+        assert self.unlabelled is not None, f"{self.name=}"
+        reads = self.in_files if self.streams else None
+        return Source(self.unlabelled, self.name, self.shape, self.brightest, reads)
+
+    def in_files(self, folder: Path, files: tuple[str, ...]) -> FolderSet:
+        """Return image files below a folder that are decoded when they are read; all labels are 0."""
+        raise TypeError(f"{type(self).__name__} keeps its images in memory")
 
     def _other_data(self, found: OfficialSets) -> str:
         """Return the sentence for data whose digest is not the recorded one."""
@@ -240,7 +348,7 @@ class Dataset(Settings):
 
     def statistics(self) -> tuple[Channels, Channels]:
         """Return (mean, std) per channel, pixel units of 0 to 255: the known or measured ones."""
-        return (self.mean, self.std) if self.mean and self.std else _measured(self)
+        return (self.mean, self.std) if self.mean and self.std else _measured(self.labelled)
 
     def load_test(self) -> Images:
         """Return the test split; raise in a process that trains trials of a sweep."""
@@ -260,6 +368,11 @@ class Dataset(Settings):
 
     def check(self) -> None:
         """Raise a ConfigError if the data are missing on this machine; cheap, reads no image."""
+        self._check()
+        if self.unlabelled is not None:
+            check_unlabelled(self._of_unlabelled)
+
+    def _check(self) -> None:
         raise TypeError(f"{type(self).__name__} does not say where it is")
 
     def examine(self) -> None:
@@ -269,9 +382,13 @@ class Dataset(Settings):
         before it finds an unusable split.
         """
         _examined(self)
+        if self.unlabelled is not None:
+            images = self.load_unlabelled()
+            if isinstance(images, FolderSet):
+                check_headers(self.name, [images.folder / file for file in images.files])
 
     def _examine(self) -> None:
-        self.check()
+        self._check()
 
     def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return sorted positions in the official train set (train, validation).
@@ -281,20 +398,58 @@ class Dataset(Settings):
         Args:
             labels: of the official train set, int64 [N].
         """
+        used = self._used(labels)
+        train, val = used, used[:0]
+        if self.val_fraction:
+            kept, held = stratified(labels[used], self.val_fraction, seed=self.split_seed)
+            train, val = used[kept], used[held]
+            if not len(val):
+                raise ConfigError(
+                    f"data {self.name}: val_fraction: no class has two images, so none can be held out; got "
+                    f"{self.val_fraction:g}"
+                )
+        if self.subset is not None and self.subset < 1:
+            train = train[stratified(labels[train], 1 - self.subset, seed=self.split_seed)[0]]
+        return train, val
+
+    def _used(self, labels: Tensor) -> Tensor:
+        """Return sorted positions in the official train set of train and validation together."""
         import torch
 
-        used = torch.arange(len(labels))
-        if self.subset is not None and self.subset < len(labels):
-            used = stratified(labels, 1 - self.subset / len(labels), seed=self.split_seed)[0]
-        if not self.val_fraction:
-            return used, used[:0]
-        train, val = stratified(labels[used], self.val_fraction, seed=self.split_seed)
-        if not len(val):
+        if self.subset is not None and 1 <= self.subset < len(labels):
+            return stratified(labels, 1 - self.subset / len(labels), seed=self.split_seed)[0]
+        return torch.arange(len(labels))
+
+    def noisy(self, labels: Tensor, positions: Tensor) -> Tensor:
+        """Return train labels with `label_noise`, int64 [N].
+
+        Args:
+            labels: the right ones, int64 [N].
+            positions: of these images in the official train set, int64 [N].
+        """
+        import torch
+
+        end = int(positions.max()) + 1 if len(positions) else 0
+        draws = torch.rand(end, 2, generator=generator(self.split_seed, "label noise"))[positions]
+        other = 1 + (draws[:, 1] * (self.num_classes - 1)).long().clamp(max=self.num_classes - 2)
+        wrong = (labels + other) % self.num_classes
+        return torch.where(draws[:, 0] < self.label_noise, wrong, labels)
+
+    def rest(self) -> Images:
+        """Return the images of the official train set that `subset` leaves out; all labels are 0."""
+        import torch
+
+        whole = load_official(self._of_any_digest).whole
+        left = torch.ones(len(whole), dtype=torch.bool)
+        for part in self.split(whole.labels):
+            left[part] = False
+        left_out = left.nonzero()[:, 0]
+        if not len(left_out):
             raise ConfigError(
-                f"data {self.name}: val_fraction: no class has two images, so none can be held out; got "
-                f"{self.val_fraction:g}"
+                f"data.unlabelled: rest is what data.subset leaves out, and {self.subset} images are all {len(whole)}; "
+                "lower it"
             )
-        return used[train], used[val]
+        return without_labels(whole.part(left_out))
 
     def test_clusters(self) -> Tensor | None:
         """Return the cluster of each test image, int64 [N]; None: test images are independent.
@@ -405,11 +560,6 @@ Level = Annotated[float, Field(ge=0, le=255)]
 Spread = Annotated[float, Field(ge=1, le=255)]  # a fraction of 255 by mistake is refused
 
 
-def folder_identity(folder: Path) -> tuple[int, int]:
-    facts = folder.stat()
-    return facts.st_dev, facts.st_ino
-
-
 # --- splits ---------------------------------------------------------------------------------------
 
 
@@ -468,16 +618,72 @@ def load_official(data: Dataset) -> OfficialSets:
 def forget_loaded() -> None:
     """Free loaded data, in a process that needed only their digest."""
     _loaded.cache_clear()
+    _loaded_unlabelled.cache_clear()
+
+
+OF_UNLABELLED = ("unlabelled", "unlabelled_ratio", "unlabelled_digest")
+"""Settings of unlabelled images."""
+
+
+@dataclass
+class UnlabelledSet:
+    images: Images
+    state: str | None
+    """State of the files that are read into memory; None for others."""
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """Return the digest of the images; None for `rest`, which the train set's identifies."""
+        if self.state is None:
+            return digest_of(self.images)
+        return remembered(self.state, lambda: digest_of(self.images))
+
+
+class _Rest(UnlabelledSet):
+    digest = None
+
+
+def load_unlabelled(data: Dataset) -> UnlabelledSet:
+    """Return the unlabelled images that this process keeps; files that changed are read again."""
+    if data.unlabelled == REST:
+        return _Rest(data.rest(), None)
+    files = sources_of(data._of_unlabelled)
+    state = state_of(files) if files else None
+    if state is not None:  # the same files are other images in another shape
+        state = hashlib.sha256(f"{state} {data.shape}".encode()).hexdigest()
+    plain = data.model_copy(
+        update={"unlabelled_ratio": 1.0, "digest": None, "unlabelled_digest": None}
+    )
+    return _loaded_unlabelled(plain, state)
+
+
+def notes_on_unlabelled(data: Dataset) -> Sentences:
+    """Yield a note if unlabelled images are validation images; read both."""
+    if data.unlabelled is None:
+        return
+    images, (_, val) = data.load_unlabelled(), data.load()
+    found = count_in(images, val)
+    if found:
+        yield (
+            f"data.unlabelled: {found} of its {len(images)} images are validation images, byte for byte, which "
+            "students then see in training, without labels; take them out, or say so with the results"
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded_unlabelled(data: Dataset, state: str | None) -> UnlabelledSet:
+    return UnlabelledSet(found_in(data._of_unlabelled), state)
 
 
 @functools.lru_cache(maxsize=4)
 def _loaded(data: Dataset) -> OfficialSets:
     before = _state(data)  # taken first, so that files that change during the read are read again
     whole = data._whole("train")
-    train, val = data.split(whole.labels)
-    return OfficialSets(
-        whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data)
-    )
+    places, held = data.split(whole.labels)
+    train, val = whole.part(places), whole.part(held) if len(held) else None
+    if data.label_noise:
+        train = dataclasses.replace(train, labels=data.noisy(train.labels, places))
+    return OfficialSets(whole, train, val, before or _state(data))
 
 
 def _state(data: Dataset) -> str | None:

@@ -9,19 +9,13 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from tfkd_ray.learn.cache import cached
-from tfkd_ray.learn.images import FolderSet, Images, check_headers, decoded, rgb
-from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import cached_file, opened, read_at_most
-
-if TYPE_CHECKING:
-    from torch import Tensor
 from tfkd_ray.learn.dataset import (
     DEIT,
     IMAGENET,
@@ -38,8 +32,17 @@ from tfkd_ray.learn.dataset import (
     Split,
     Spread,
     augmented,
-    folder_identity,
 )
+from tfkd_ray.learn.images import (
+    IMAGE_SUFFIXES,
+    FolderSet,
+    Images,
+    all_decoded,
+    check_headers,
+    image_names,
+)
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import cached_file, opened, read_at_most
 
 MOST_LIST = 2**24
 """Largest list file that is read; those of Tiny ImageNet have less than a megabyte."""
@@ -77,7 +80,7 @@ class TinyImagenet(FileDataset):
     name: Literal["tiny_imagenet"] = "tiny_imagenet"
     root: AbsolutePath = Path("~/datasets/tiny_imagenet")
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError if its lists or folders are missing."""
         self._folder()
 
@@ -124,7 +127,7 @@ class TinyImagenet(FileDataset):
             f"{self.name}-{split}",
             [*(path for path, _ in files), *lists],
             lambda: (
-                self._images([path for path, _ in files]),
+                all_decoded(self.name, [path for path, _ in files], self.shape),
                 torch.tensor([k for _, k in files]),
             ),
         )
@@ -192,30 +195,6 @@ class TinyImagenet(FileDataset):
         except OSError as error:
             raise self._wrong(path, f"cannot be read: {error.strerror}") from None
 
-    def _images(self, paths: list[Path]) -> Tensor:
-        import torch
-
-        images = torch.empty(len(paths), *self.shape, dtype=torch.uint8)
-
-        def fill(start: int) -> None:
-            for k, path in enumerate(paths[start : start + 100], start):
-                pixels = decoded(self.name, path, rgb)
-                if pixels.shape != self.shape:
-                    raise self._wrong(
-                        path, f"is {pixels.shape[2]}x{pixels.shape[1]}, and all images are 64x64"
-                    )
-                images.numpy()[k] = pixels
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            try:
-                list(pool.map(fill, range(0, len(paths), 100)))
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return images
-
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
 
 class FolderDataset(FileDataset):
     """Image files of any size, one folder per class, as for torchvision's ImageFolder.
@@ -251,7 +230,7 @@ class FolderDataset(FileDataset):
         """Return (3, S, S)."""
         return 3, self.image_size, self.image_size
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError if a split or a declared class is missing; looks at folders only."""
         self._classes("test")
 
@@ -308,48 +287,21 @@ class FolderDataset(FileDataset):
         folder, files, labels = self._folder(split), list[str](), list[int]()
         for k, name in enumerate(self._classes(split)):
             with self._named(folder / name):
-                found = sorted(_image_files(folder / name))
+                found = sorted(image_names(folder / name))
             if not found:
                 raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
             files += [f"{folder.name}/{name}/{file}" for file in found]
             labels += [k] * len(found)
-        root, positions = self._root, torch.arange(len(files))
-        return FolderSet(
-            self.name,
-            root,
-            tuple(files),
-            torch.tensor(labels),
-            positions,
-            len(files),
-            self.image_size,
-            self.readers,
-        )
+        images = self.in_files(self._root, tuple(files))
+        return replace(images, labels=torch.tensor(labels))
 
+    def in_files(self, folder: Path, files: tuple[str, ...]) -> FolderSet:
+        import torch
 
-def _image_files(folder: Path) -> Iterator[str]:
-    """Yield image files below a folder, relative to it, in any order; links may form cycles.
-
-    A folder that cannot be listed raises its OSError.
-    """
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    above: dict[str, set[tuple[int, int]]] = {
-        str(folder): {folder_identity(p) for p in folder.resolve().parents}
-    }
-    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        passed = above.pop(place) | {folder_identity(Path(place))}
-        folders[:] = [
-            f
-            for f in folders
-            if not f.startswith(".") and folder_identity(Path(place, f)) not in passed
-        ]
-        above |= {f"{place}/{name}": passed for name in folders}
-        below = place[len(str(folder)) + 1 :]
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                yield f"{below}/{name}" if below else name
+        count = len(files)
+        none, positions = torch.zeros(count, dtype=torch.int64), torch.arange(count)
+        sizes = count, self.image_size, self.readers
+        return FolderSet(self.name, folder, files, none, positions, *sizes)
 
 
 class ImageFolder(FolderDataset):

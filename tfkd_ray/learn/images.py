@@ -265,6 +265,70 @@ def _unreadable(error: Exception) -> str:
     return f"cannot be read as an image: {reason}; replace it, or take it away"
 
 
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def image_names(folder: Path) -> Iterator[str]:
+    """Yield the image files below a folder, relative to it, in any order; links may form cycles.
+
+    A folder that cannot be listed raises its OSError.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    above: dict[str, set[tuple[int, int]]] = {
+        str(folder): {_folder_identity(p) for p in folder.resolve().parents}
+    }
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        passed = above.pop(place) | {_folder_identity(Path(place))}
+        folders[:] = [
+            f
+            for f in folders
+            if not f.startswith(".") and _folder_identity(Path(place, f)) not in passed
+        ]
+        above |= {f"{place}/{name}": passed for name in folders}
+        below = place[len(str(folder)) + 1 :]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield f"{below}/{name}" if below else name
+
+
+def _folder_identity(folder: Path) -> tuple[int, int]:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def all_decoded(name: str, paths: Sequence[Path], shape: tuple[int, int, int]) -> Tensor:
+    """Return uint8 [N, C, H, W] of image files that all have this shape.
+
+    Args:
+        name: of the data set, for errors.
+        shape: (C, H, W); C is 3, or 1 for files without colours.
+    """
+    import torch
+
+    images = torch.empty(len(paths), *shape, dtype=torch.uint8)
+    size = f"{shape[2]}x{shape[1]}"
+
+    def fill(start: int) -> None:
+        for k, path in enumerate(paths[start : start + 100], start):
+            pixels = decoded(name, path, rgb)
+            if pixels.shape[1:] != shape[1:]:
+                found = f"{pixels.shape[2]}x{pixels.shape[1]}"
+                raise ConfigError(f"data {name}: {path}: is {found}, and all images are {size}")
+            if shape[0] == 1 and not (pixels == pixels[:1]).all():
+                raise ConfigError(f"data {name}: {path}: has colours, and its images have none")
+            images.numpy()[k] = pixels[: shape[0]]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            list(pool.map(fill, range(0, len(paths), 100)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return images
+
+
 def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None = None) -> None:
     """Raise a ConfigError that names files without a valid image header; decode no pixel.
 

@@ -11,6 +11,7 @@ Shapes: B = images of a batch on this worker, K = classes.
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import sys
 import time
@@ -29,12 +30,14 @@ from tfkd_ray.learn.augment import EpochView
 from tfkd_ray.learn.average import Average
 from tfkd_ray.learn.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
 from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.dataset import load_unlabelled
 from tfkd_ray.learn.evaluate import (
     asked_beside,
     metric_sums,
     metrics_at_once,
     metrics_from,
     predictions,
+    tf32,
 )
 from tfkd_ray.learn.features import (
     Caught,
@@ -62,6 +65,7 @@ from tfkd_ray.learn.own_loop import Diverged as Diverged
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, each_of
 from tfkd_ray.learn.soft_labels import Bank, fits
+from tfkd_ray.learn.unlabelled import REST, UnlabelledPart, UnlabelledStream, number_beside
 from tfkd_ray.settings.errors import ConfigError, Say, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
 
@@ -75,11 +79,12 @@ class Epoch(NamedTuple):
 
     metrics: dict[str, float]
     """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd` (none of a
-    function of the user's own, which gives the whole loss),
+    function of the user's own, which gives the whole loss), with unlabelled images
+    `train_kd_unlabelled`, their soft part,
     `train_kd_ratio` (see `gradient_ratio`; from the first worker's share of the first batch; none of
     an objective that asks for layers, whose soft part may not depend on the logits),
     `val_...` (see `evaluate`), `lr` of the last step, `parameters` (number of the student's),
-    `seconds` (of this epoch, with validation), `images_per_s` (without validation)."""
+    `seconds` (of this epoch, with validation), `images_per_s` (labelled ones, without validation)."""
     state: Callable[[], State]
     """Function that copies the whole run state to the CPU: `epoch`, `model`, `optimizer`, `history`
     (the metrics of all epochs), `run`, and `objective` (what an objective that asks for layers
@@ -88,6 +93,10 @@ class Epoch(NamedTuple):
     worker)."""
 
 
+_Seen = Callable[[list[Tensor]], Iterator[Tensor]]
+"""Yields the images of each batch of indices, augmented and normalised."""
+_BankedView = tuple[UnlabelledPart, _Seen]
+"""Unlabelled images that a bank holds as one view, and what yields them."""
 _Norms = tuple[int, Tensor] | None
 """Images of a piece of a batch, and the norms of its gradients; see `gradient_norms`."""
 
@@ -126,13 +135,15 @@ def train(
         # 2. Data, resident on the device
         train_set, val_set = config.data.load()
         train_set, val_set = train_set.on(device), val_set and val_set.on(device)
-        seen = functools.partial(_seen, train_set, config, _mean_and_std(config, device))
+        scale = _mean_and_std(config, device)
+        seen = functools.partial(_seen, train_set, config, scale)
         count, classes, optim = len(train_set), config.data.num_classes, config.optim
 
         # 3. Student, objective, teacher, optimizer
         objective = config.ready_objective()
         student, unused = _new_student(config, teacher, count, device, state is None, say)
         lessons = _Lessons(config, teacher, count, device, objective, say)
+        beside = _Beside(config, scale, lessons) if config.data.unlabelled else None
         tapped = tapped_student(student, objective, lessons.autocast)
         trained = student if tapped is None else tapped.to(device)
         rates = factors_by_depth(trained, student, config.lr_decay)
@@ -145,7 +156,7 @@ def train(
         history = [] if state is None else _resumed(state, config, kept)
         model = _data_parallel(trained, unused=unused) if workers > 1 else trained
         forward = compiled(model, config, count) if config.compile == "on" else model
-        learn = functools.partial(_learn, forward, config, objective, lessons.autocast)
+        learn = functools.partial(_learn, forward, config, objective, lessons)
 
         def snapshot() -> State:
             parts = {name: part.state_dict() for name, part in kept.items()}
@@ -164,29 +175,36 @@ def train(
             view = config.augment.of_epoch(config.seed, epoch, train_set, config.data.shape[1:])
             labels_of = view.labels_of(train_set.labels)
             lessons.begin_epoch(epoch, functools.partial(seen, view))
-            # sums of loss, CE and KD, each weighted by images; gradients of the first batch
-            sums, norms = torch.zeros(3, dtype=torch.float64, device=device), list[_Norms]()
+            more = (
+                _none_beside(batches) if beside is None else beside.of_epoch(epoch, batches, shares)
+            )
+            # sums of loss, CE, KD and that of unlabelled images, each weighted by the labelled ones;
+            # gradients of the first batch
+            sums, norms = torch.zeros(4, dtype=torch.float64, device=device), list[_Norms]()
 
             # 6. Steps
             with _seeding(external, device) as seed_step:
                 set_training(model, student, config.freeze)
-                parts = zip(batches, shares, seen(view, shares), strict=True)
-                for step, (batch, mine, images) in enumerate(parts):
+                parts = zip(batches, shares, seen(view, shares), more, strict=True)
+                for step, (batch, mine, images, extra) in enumerate(parts):
                     progress = epoch + (step + 0.5) / len(batches)
                     lr = optimizer.set_rate(config.schedule.factor(progress, config.epochs))
                     optimizer.zero_grad()
                     pieces = _pieces(mine, images, config)
-                    for piece, (some, shown) in enumerate(pieces):
+                    every = zip(pieces, extra, strict=False)
+                    for piece, ((some, shown), added) in enumerate(every):
                         seed_step(_of_dropout(config.seed, epoch, step, rank, piece))
                         with _synchronised(model, last=piece == len(pieces) - 1):
                             soft, taught = lessons.of_batch(some, shown)
-                            logits, terms = learn(shown, labels_of(some), soft, taught)
-                            loss = objective.combine(terms)
+                            logits, terms, other = learn(
+                                shown, labels_of(some), soft, taught, added
+                            )
+                            loss = objective.combine(terms, other)
                             if step == 0:
                                 norms.append(gradient_norms(objective, terms, logits))
                             # DDP takes the mean over workers: weigh each by its images
                             (loss * (len(some) * workers / len(batch))).backward()
-                        sums += _three_losses(loss, terms) * len(some)
+                        sums += _losses(loss, terms, other) * len(some)
                     optimizer.step()
                     if average is not None:
                         average.update(epoch * len(batches) + step + 1)
@@ -201,7 +219,7 @@ def train(
 
             # 8. Metrics
             metrics = {"epoch": float(epoch + 1)}
-            metrics |= _loss_metrics(objective, terms, sums / count, norms)
+            metrics |= _loss_metrics(config, objective, terms, sums / count, norms)
             metrics |= {} if val_set is None else metrics_from(val_sums) | of_average
             metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
             _check_finite(metrics, soft, objective)
@@ -352,7 +370,7 @@ class _Lessons:
         if len(self._parts) > 1:
             self._temperature = objective.teacher_temperature
 
-    def begin_epoch(self, epoch: int, seen: Callable[[list[Tensor]], Iterator[Tensor]]) -> None:
+    def begin_epoch(self, epoch: int, seen: _Seen) -> None:
         """Get the logits of all train images, as the epoch's view, from the banks.
 
         Args:
@@ -367,6 +385,26 @@ class _Lessons:
         if len(found) < 2:
             return found[0] if found else (None, {})
         return self._combined([logits for logits, _ in found]), {}
+
+    @property
+    def banked(self) -> bool:
+        """Return whether the logits of some teacher come from its bank."""
+        return any(part.banked for part in self._parts)
+
+    def begin_unlabelled(self, views: Sequence[_BankedView], chosen: Tensor) -> None:
+        """Get the logits of an epoch's unlabelled images from the banks.
+
+        Args:
+            views: those that hold them.
+            chosen: int64 [n], their places in all of the views together.
+        """
+        for part in self._parts:
+            part.begin_unlabelled(views, chosen)
+
+    def of_unlabelled(self, mine: Tensor, images: Tensor) -> Tensor:
+        """Return the logits [U, K] of unlabelled images with the indices `mine` in the epoch."""
+        found = [part.of_unlabelled(mine, images) for part in self._parts]
+        return found[0] if len(found) == 1 else self._combined(found)
 
     def of_validation(self, images: Images, rank: int, workers: int) -> Tensor | None:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
@@ -414,6 +452,9 @@ class _Lesson:
         self._bank: Bank | None = None
         self._online: nn.Module | None = None
         self._of_train: Tensor | None = None
+        self._of_unlabelled: Tensor | None = None
+        self._unlabelled_views: Tensor | None = None
+        self._unlabelled_keys: list[dict[str, Any]] = []
         self._rows: Tensor | None = None
         self._rows_of: dict[str, Any] = {}
         small = fits(count, config.data.num_classes)
@@ -429,7 +470,7 @@ class _Lesson:
                 say,
             )
 
-    def begin_epoch(self, epoch: int, seen: Callable[[list[Tensor]], Iterator[Tensor]]) -> None:
+    def begin_epoch(self, epoch: int, seen: _Seen) -> None:
         """Get the logits of all train images, as the epoch's view, from the bank.
 
         Args:
@@ -438,31 +479,71 @@ class _Lesson:
         if self._bank is None:
             return
 
-        def passes(network: nn.Module, index: Tensor) -> Iterator[Tensor]:
-            """Yield the logits of each batch of these images."""
-            network = self._placed(network)
-            with torch.no_grad(), self.autocast:
-                batches = list(index.to(self.device).split(self._config.optim.batch_size))
-                for images in seen(batches):
-                    yield network(images).float()
-
-        def ask(network: nn.Module, index: Tensor) -> Tensor:
-            return torch.cat(list(passes(network, index)))
-
         def ask_layers(network: nn.Module, index: Tensor) -> Tensor:
             rows = []
             with caught(network, self._layers) as found:
-                for logits in passes(network, index):
+                for logits in self._passes(seen, network, index):
                     rows.append(in_rows(self._outputs(found, len(logits))))
             return torch.cat(rows)
 
         key = self._config.augment.key(self._config.seed, epoch)
-        found = self._bank.logits(key, self._count, self._config.data.num_classes, ask)
+        found = self._bank.logits(
+            key, self._count, self._config.data.num_classes, self._asking(seen)
+        )
         self._of_train = found.to(self.device)
         if self._layers and key != self._rows_of:
             numbers = numbers_of(self._layers)
             rows = self._bank.features(key, self._count, list(self._layers), numbers, ask_layers)
             self._rows, self._rows_of = rows.to(self.device), key
+
+    def _asking(self, seen: _Seen) -> Callable[[nn.Module, Tensor], Tensor]:
+        """Return the function that gives a network's logits of the images at some indices."""
+
+        def ask(network: nn.Module, index: Tensor) -> Tensor:
+            return torch.cat(list(self._passes(seen, network, index)))
+
+        return ask
+
+    def _passes(self, seen: _Seen, network: nn.Module, index: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of each batch of the images at some indices."""
+        network = self._placed(network)
+        with torch.no_grad(), self.autocast:
+            batches = list(index.to(self.device).split(self._config.optim.batch_size))
+            for images in seen(batches):
+                yield network(images).float()
+
+    @property
+    def banked(self) -> bool:
+        """Return whether the logits come from the bank."""
+        return self._bank is not None
+
+    def begin_unlabelled(self, views: Sequence[_BankedView], chosen: Tensor) -> None:
+        """Get the logits of an epoch's unlabelled images from the bank; see `_Lessons`."""
+        if self._bank is None:
+            return
+        classes = self._config.data.num_classes
+        if not all(fits(len(part.chosen), classes) for part, _ in views):
+            self._online = self._online or self._placed(self._bank.network())
+            return
+        keys = [part.key for part, _ in views]
+        if keys != self._unlabelled_keys:
+            found = []
+            for part, seen in views:
+                ask = self._asking(seen)
+                found.append(self._bank.logits(part.key, len(part.chosen), classes, ask))
+            self._unlabelled_views = torch.cat(found).to(self.device)
+            self._unlabelled_keys = keys
+        assert self._unlabelled_views is not None, f"{keys=}"
+        self._of_unlabelled = self._unlabelled_views[chosen]
+
+    def of_unlabelled(self, mine: Tensor, images: Tensor) -> Tensor:
+        """Return the logits [U, K] of unlabelled images with the indices `mine` in the epoch."""
+        if self._of_unlabelled is not None:
+            return self._of_unlabelled[mine].float()
+        assert self._online is not None, f"{self._bank=}"
+        with torch.no_grad(), self.autocast:
+            logits: Tensor = self._online(images).float()
+        return logits
 
     def of_batch(self, mine: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the logits [B, K] of train images with the indices `mine`, and their layers."""
@@ -496,6 +577,108 @@ class _Lesson:
         """Return the teacher on this device, ready for inference."""
         network = network.to(self.device).to(memory_format=self._layout)
         return network.eval().requires_grad_(False)
+
+
+class _Added(NamedTuple):
+    """The unlabelled images in a piece of a worker's share of a batch."""
+
+    places: Tensor
+    """int64 [U]: where they are among those of the epoch."""
+    images: Tensor
+    """[U, C, H, W]."""
+    share: float
+    """Weight of their mean, so that the step has the mean over all its unlabelled images although
+    the loss of a piece is weighted by its labelled ones; 1 for a whole batch."""
+
+
+class _Beside:
+    """The unlabelled images that each step takes beside the labelled ones.
+
+    Args:
+        scale: see `_mean_and_std`.
+    """
+
+    def __init__(self, config: TrainConfig, scale: list[Tensor], lessons: _Lessons) -> None:
+        self._config, self._scale, self._lessons = config, scale, lessons
+        data, device = config.data, lessons.device
+        images = data.load_unlabelled().on(device)
+        known_as = load_unlabelled(data).digest or REST
+        self._stream = UnlabelledStream(
+            images, known_as, config.augment, config.seed, data.shape[1:]
+        )
+
+    def of_epoch(
+        self, epoch: int, batches: list[Tensor], shares: list[Tensor]
+    ) -> Iterator[list[_Added | None]]:
+        """Begin an epoch; return an iterator over its steps: the images of each piece of a share.
+
+        Args:
+            batches: indices of the labelled images of each step.
+            shares: those of this worker.
+        """
+        workers, rank = _workers_and_rank()
+        counts = [
+            number_beside(len(batch), self._config.data.unlabelled_ratio) for batch in batches
+        ]
+        total, device = sum(counts), self._lessons.device
+        start = epoch * total
+        part = self._stream.part(start, total)
+        if self._lessons.banked:
+            self._ask_banks(start, part.chosen, sum(map(len, batches)))
+        steps = torch.arange(total, device=device).split(counts)
+        of_worker = [step.tensor_split(workers)[rank] for step in steps]
+        images = self._seen(part)([index for index in of_worker if len(index)])
+        return self._steps(images, of_worker, counts, batches, shares)
+
+    def _ask_banks(self, start: int, chosen: Tensor, size: int) -> None:
+        """Get the logits of an epoch's images from the banks.
+
+        Without random augmentation one view of all images serves all epochs. Else a view holds
+        `size` places of the sequence, whatever the ratio, so that trials of all ratios share it; so
+        it does if a run does not come to all images.
+
+        Args:
+            start: place in the sequence of the first image.
+            chosen: int64 [n], indices of the images.
+            size: number of labelled images of an epoch.
+        """
+        stream, epochs, count = self._stream, self._config.epochs, len(chosen)
+        if self._config.augment.is_fixed and len(stream.images) <= count * epochs:
+            views, places = [stream.whole], chosen
+        else:
+            first, last = start // size, (start + count - 1) // size
+            views = [stream.part(k * size, size) for k in range(first, last + 1)]
+            places = torch.arange(count) + start - first * size
+        banked = [(view, self._seen(view)) for view in views]
+        self._lessons.begin_unlabelled(banked, places.to(self._lessons.device))
+
+    def _seen(self, part: UnlabelledPart) -> _Seen:
+        return functools.partial(_seen, part.images, self._config, self._scale, part.view)
+
+    def _steps(
+        self,
+        images: Iterator[Tensor],
+        of_worker: list[Tensor],
+        counts: list[int],
+        batches: list[Tensor],
+        shares: list[Tensor],
+    ) -> Iterator[list[_Added | None]]:
+        for index, count, batch, mine in zip(of_worker, counts, batches, shares, strict=True):
+            if not len(index):
+                yield [None] * len(mine)
+                continue
+            number = self._config.optim.pieces(len(mine), self._config.workers)
+            parts = (given.tensor_split(number) for given in (mine, index, next(images)))
+            pieces: list[_Added | None] = []
+            for labelled, some, shown in zip(*parts, strict=True):
+                share = len(some) * len(batch) / (count * len(labelled))
+                pieces.append(_Added(some, shown, share) if len(some) else None)
+            yield pieces
+
+
+def _none_beside(batches: list[Tensor]) -> Iterator[Iterator[None]]:
+    """Yield for each step of an epoch that it has no unlabelled images."""
+    return itertools.repeat(itertools.repeat(None), len(batches))
 
 
 _told_once: set[str] = set()
@@ -533,18 +716,14 @@ def _set_up(config: TrainConfig) -> Iterator[torch.device]:
     """Yield the device of this worker; torch's threads and TF32 are set for the run meanwhile."""
     device = _device_of(config)
     threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
     torch.set_num_threads(config.cpus_per_worker)
     try:
-        if device.type == "cuda":
-            allow_tf32(config.precision == "bf16")
-        yield device
+        with tf32(device, config.precision == "bf16"):
+            yield device
     finally:
         torch.set_num_threads(threads)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = convolutions
+        if 0 < config.gpus_per_worker < 1:  # others on this GPU may need what torch keeps
+            torch.cuda.empty_cache()
 
 
 def _runs_external_code(config: TrainConfig) -> bool:
@@ -700,22 +879,31 @@ def _learn(
     forward: Callable[..., Any],
     config: TrainConfig,
     objective: Canonical,
-    autocast: torch.autocast,
+    lessons: _Lessons,
     images: Tensor,
     labels: Tensor | Mixed,
     soft: Tensor | None,
     taught: Mapping[str, Tensor],
-) -> tuple[Tensor, Terms]:
-    """Return a batch's logits, float32 [B, K], and the terms of its loss."""
+    added: "_Added | None",
+) -> tuple[Tensor, Terms, Tensor | None]:
+    """Return a batch's logits, float32 [B, K], the terms of its loss, and KD of unlabelled images.
+
+    Labelled and unlabelled images run in one forward pass: BatchNorm has the statistics of both.
+    """
     if objective.asks_for_layers:  # `Tapped` computes both
         logits, *both = forward(images, labels, soft, taught)
         _check_learnable(logits, config)
-        return logits, Terms(*both)
-    with autocast:
-        logits = forward(images)
+        return logits, Terms(*both), None
+    with lessons.autocast:
+        logits = forward(images if added is None else torch.cat([images, added.images]))
     logits = logits.float()
     _check_learnable(logits, config)
-    return logits, objective.terms(logits, labels, soft)
+    if added is None:
+        return logits, objective.terms(logits, labels, soft), None
+    logits, unlabelled = logits.split([len(images), len(added.images)])
+    theirs = lessons.of_unlabelled(added.places, added.images)
+    kd = added.share * objective.soft_part(unlabelled, theirs)
+    return logits, objective.terms(logits, labels, soft), kd
 
 
 def _check_learnable(logits: Tensor, config: TrainConfig) -> None:
@@ -942,12 +1130,6 @@ def _data_parallel(student: nn.Module, *, unused: bool) -> nn.Module:
     return DistributedDataParallel(student, find_unused_parameters=unused)
 
 
-def allow_tf32(on: bool) -> None:
-    """Allow or forbid TF32 (10 bits) in CUDA's float32; torch's default: convolutions only."""
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
-
-
 _COMPILED: dict[tuple[Any, ...], int] = {}
 """Kinds of run that this process has compiled since torch's cache was last reset, with their graphs."""
 MOST_GRAPHS = 8
@@ -977,7 +1159,8 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     """
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
     batch = config.optim.batch_size, config.optim.accumulate
-    shapes = images, *batch, config.data.shape, config.data.num_classes
+    data = config.data
+    shapes = images, *batch, data.shape, data.num_classes, data.unlabelled and data.unlabelled_ratio
     kind = (config.student.model_dump_json(), config.freeze, *shapes, *where)
     more = 0 if kind in _COMPILED else _graphs_of_run(config)
     if sum(_COMPILED.values()) + more > MOST_GRAPHS:
@@ -1003,17 +1186,25 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     return forward
 
 
-def _three_losses(loss: Tensor, terms: Terms) -> Tensor:
-    """Return the whole loss of a batch, its CE and its soft part, [3], without their graph."""
-    kd = loss.new_zeros(()) if terms.kd is None else terms.kd
-    return torch.stack([loss, terms.ce, kd]).detach()
+def _losses(loss: Tensor, terms: Terms, unlabelled: Tensor | None) -> Tensor:
+    """Return the whole loss, CE, KD and that of unlabelled images, [4], without their graph.
+
+    It is 0 for a missing one.
+    """
+    none = loss.new_zeros(())
+    parts = [none if part is None else part for part in (terms.kd, unlabelled)]
+    return torch.stack([loss, terms.ce, *parts]).detach()
 
 
 def _loss_metrics(
-    objective: Canonical, terms: Terms, means: Tensor, norms: Sequence[_Norms]
+    config: TrainConfig,
+    objective: Canonical,
+    terms: Terms,
+    means: Tensor,
+    norms: Sequence[_Norms],
 ) -> dict[str, float]:
-    """Return the metrics of the loss over an epoch, from its means: whole loss, CE, soft part."""
-    loss, ce, kd = means.tolist()
+    """Return the metrics of the loss over an epoch, from the means of `_losses`."""
+    loss, ce, kd, unlabelled = means.tolist()
     found = {"train_loss": loss}
     if objective.has_parts:
         found["train_ce"] = ce
@@ -1021,6 +1212,8 @@ def _loss_metrics(
         found["train_kd"] = kd
         if not objective.asks_for_layers:
             found["train_kd_ratio"] = gradient_ratio(norms)
+    if config.data.unlabelled is not None:
+        found["train_kd_unlabelled"] = unlabelled
     return found
 
 

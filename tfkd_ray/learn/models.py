@@ -171,7 +171,12 @@ class Cnn5(Network):
     follows the first linear layer.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"width"})
+
     name: Literal["cnn5"] = "cnn5"
+    width: Annotated[int, Field(ge=1, le=64)] = 1
+    """Factor on the 32, 64 and 128 channels of the convolutions, and on the 128 units of the first
+    linear layer; the paper's is 1."""
 
     def check(self, shape: tuple[int, int, int]) -> None:
         _at_least(8, "cnn5", shape)
@@ -182,7 +187,7 @@ class Cnn5(Network):
         self.check(shape)
         channels, height, width = shape
         layers: list[nn.Module] = []
-        for out in (32, 64, 128):
+        for out in (32 * self.width, 64 * self.width, 128 * self.width):
             layers += [
                 nn.Conv2d(channels, out, 3, padding=1),
                 nn.BatchNorm2d(out),
@@ -190,15 +195,15 @@ class Cnn5(Network):
                 nn.MaxPool2d(2),
             ]
             channels = out
-        features = channels * (height // 8) * (width // 8)
+        features, hidden = channels * (height // 8) * (width // 8), 128 * self.width
         layers += [
             nn.Flatten(),
-            nn.Linear(features, 128),
-            nn.BatchNorm1d(128),
+            nn.Linear(features, hidden),
+            nn.BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Dropout(0.5),
         ]
-        return nn.Sequential(*layers, nn.Linear(128, num_classes))
+        return nn.Sequential(*layers, nn.Linear(hidden, num_classes))
 
 
 class AlexNetSmall(Network):

@@ -16,6 +16,15 @@ l * CE(a) + (1 - l) * CE(b), in every objective; the virtual teachers of tfkd_re
 are mixed as q is; soft parts of a teacher's logits know no label and stay, with the logits of the
 mixed image. dkd has no such form.
 
+Unlabelled images (`data.unlabelled`) take part in the soft part alone. A step of B labelled images
+and U unlabelled ones, for the objectives that have a `soft_part` of logits only, has the loss
+
+    L = s * [(1 - alpha) * CE(B) + alpha * T^2 * KD(B) + alpha * T^2 * KD(U)]
+
+where each term is the mean over its own images: CE(B) and KD(B) over the labelled ones, as without
+the others, and KD(U) over the unlabelled ones. Without any, KD(U) is left out. So the weight of the
+unlabelled images does not depend on their number.
+
 Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
 """
 
@@ -78,6 +87,10 @@ class Canonical(Settings):
     needs_teacher: ClassVar[bool] = False
     soft_labels: ClassVar[bool] = True
     """Whether labels may be mixed."""
+    learns_without_labels: ClassVar[bool] = False
+    """Whether images without labels may take part; see `soft_part`."""
+    compares_images: ClassVar[bool] = False
+    """Whether the loss of a batch is more than a mean over its images, so that pieces change it."""
     has_parts: ClassVar[bool] = True
     """Whether `terms` are CE and a soft part; False: `Terms.ce` is the whole loss."""
     searchable: ClassVar[frozenset[str] | None] = None
@@ -149,6 +162,10 @@ class Canonical(Settings):
         """Return the unweighted CE and KL of one batch (means over the batch, nats)."""
         return Terms(_cross_entropy(logits, labels), None)
 
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Return `Terms.kd` of images without labels, a scalar; see `learns_without_labels`."""
+        raise TypeError(f"objective {self.called}: has no form for images without labels")
+
     def soft_target(
         self, labels: NumpyArray, teacher: NumpyArray
     ) -> tuple[NumpyArray, float] | None:
@@ -164,13 +181,19 @@ class Canonical(Settings):
         """
         return None
 
-    def combine(self, terms: Terms) -> Tensor:
-        """Return the loss of these terms, a scalar: the canonical one, or s times the whole."""
+    def combine(self, terms: Terms, unlabelled: Tensor | None = None) -> Tensor:
+        """Return the loss of these terms, a scalar: the canonical one, or s times the whole.
+
+        Args:
+            unlabelled: `soft_part` of the step's unlabelled images. None: there are none.
+        """
         if not self.has_parts:
             return terms.ce if self.loss_scale == 1 else self.loss_scale * terms.ce
         loss = self.ce_weight * terms.ce
         if terms.kd is not None:
             loss = loss + self.kd_weight * terms.kd
+        if unlabelled is not None:
+            loss = loss + self.kd_weight * unlabelled
         return self.loss_scale * loss
 
     def __call__(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Tensor:
@@ -249,11 +272,15 @@ class KnowledgeDistillation(_Distillation):
     """
 
     needs_teacher: ClassVar[bool] = True
+    learns_without_labels: ClassVar[bool] = True
     name: Literal["kd"] = "kd"
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
-        return Terms(_cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
+        return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
+
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return softened_kl(logits, teacher, self.temperature)
 
     def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return softmax(teacher / self.temperature), self.temperature
@@ -290,7 +317,8 @@ class DecoupledKD(_Distillation):
         if isinstance(labels, Mixed):
             raise ValueError(f"objective {self.name}: has no form for the labels of mixed images")
         ce = _cross_entropy(logits, labels)
-        other = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
+        other = torch.arange(logits.shape[1] - 1, device=logits.device)[None, :]
+        other = other + (other >= labels[:, None])  # a boolean mask would wait for the device
         log_p, log_p_else, among_p = _decoupled(logits / self.temperature, labels, other)
         log_q, log_q_else, among_q = _decoupled(teacher / self.temperature, labels, other)
         target = (
@@ -311,6 +339,8 @@ class Dist(_Distillation):
     """
 
     needs_teacher: ClassVar[bool] = True
+    learns_without_labels: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = True
     name: Literal["dist"] = "dist"
     temperature: Temperature = 1.0
     inter_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -319,13 +349,15 @@ class Dist(_Distillation):
     """gamma of the paper."""
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
+        teacher = _needed(teacher, self.name)
+        return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
+
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
         from torch.nn import functional as F
 
-        teacher = _needed(teacher, self.name)
         p = F.softmax(logits / self.temperature, dim=1)
         q = F.softmax(teacher.to(logits.dtype) / self.temperature, dim=1)
-        relations = self.inter_weight * _unlike(p, q) + self.intra_weight * _unlike(p.T, q.T)
-        return Terms(_cross_entropy(logits, labels), relations)
+        return self.inter_weight * _unlike(p, q) + self.intra_weight * _unlike(p.T, q.T)
 
 
 class StandardisedKD(_Distillation):
@@ -338,6 +370,7 @@ class StandardisedKD(_Distillation):
     """
 
     needs_teacher: ClassVar[bool] = True
+    learns_without_labels: ClassVar[bool] = True
     name: Literal["kd_standardised"] = "kd_standardised"
     temperature: Temperature = 2.0
 
@@ -348,8 +381,10 @@ class StandardisedKD(_Distillation):
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
-        soft = softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
-        return Terms(_cross_entropy(logits, labels), soft)
+        return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
+
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
 
 
 class TfkdReg(_Distillation):
@@ -711,9 +746,9 @@ def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, T
     """Return log p(label) [B], log(1 - p(label)) [B], and the log-softmax of the others [B, K - 1].
 
     Args:
-        other: bool [B, K], True for the classes that are not the label.
+        other: int64 [B, K - 1], the classes that are not the label.
     """
-    rest = logits[other].view(len(labels), -1)
+    rest = logits.gather(1, other)
     norm, rest_norm = logits.logsumexp(dim=1), rest.logsumexp(dim=1)
     return (
         logits.gather(1, labels[:, None])[:, 0] - norm,

@@ -59,7 +59,7 @@ class IdxDataset(FileDataset):
     md5s: ClassVar[tuple[str, ...]] = ()
     """md5 sums of the gzipped files: images and labels of train, then of test."""
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError that names every missing file."""
         self._paths(*self._files("train"), *self._files("test"))
 
@@ -332,7 +332,7 @@ class CifarDataset(FileDataset):
     check_md5: bool = True
     """Raise an error if the archive differs from the official one in any byte."""
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError if both archive and folder are missing."""
         self._source()
 

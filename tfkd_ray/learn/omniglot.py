@@ -26,6 +26,7 @@ from tfkd_ray.learn.dataset import (
     SPLITS,
     AbsolutePath,
     Channels,
+    CountOrShare,
     FileDataset,
     ImageShape,
     Labelled,
@@ -169,8 +170,9 @@ class Omniglot(FileDataset):
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Fraction of the 16 drawers that are held out for validation, rounded to whole drawers: 4 by
     default. 0: no validation split, for training a final student."""
-    subset: Annotated[int, Field(ge=1)] | None = None
-    """Approximate number of train images to use; whole drawers are left out. None: all."""
+    subset: CountOrShare | None = None
+    """Approximate number of train images to use, or below 1 the fraction of them; whole drawers are
+    left out. None: all."""
 
     @model_validator(mode="after")
     def _alphabets_are_there(self) -> Self:
@@ -219,13 +221,14 @@ class Omniglot(FileDataset):
             held = min(max(1, round(TRAIN_DRAWERS * self.val_fraction)), TRAIN_DRAWERS - 1)
         kept = TRAIN_DRAWERS - held
         if self.subset is not None:
-            kept = min(kept, max(1, round(self.subset / self.num_classes)))
+            drawers = self.subset / self.num_classes if self.subset >= 1 else self.subset * kept
+            kept = min(kept, max(1, round(drawers)))
         drawer = torch.arange(len(labels)) % TRAIN_DRAWERS
         parts = (order[held : held + kept], order[:held])
         train, val = (torch.isin(drawer, part).nonzero()[:, 0] for part in parts)
         return train, val
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError that names the sets that are missing."""
         self._places()
 

@@ -26,14 +26,14 @@ from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.schema import Settings
 from tfkd_ray.settings.yaml import Tree, Values
-from tfkd_ray.store.experiment import FULL_LENGTH
+from tfkd_ray.store.experiment import FULL_LENGTH, STOPPED_BY
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NEEDED = ("epoch", "train_loss")
 """Metrics that every epoch has."""
-TAKEN_NAMES = {"failed", "done", "note", "node", "config", "trial", FULL_LENGTH}
+TAKEN_NAMES = {"failed", "done", "note", "node", "config", "trial", FULL_LENGTH, STOPPED_BY}
 """Names that mean something else in a trial's results."""
 _END = object()
 

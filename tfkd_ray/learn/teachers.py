@@ -309,7 +309,7 @@ def _bank(config: TrainConfig, run: TeacherRun, storage: Path, elsewhere: Elsewh
     of = {
         "teacher": about["sha256"],
         "network": run.student.content(),  # one file of external weights may serve several networks
-        "data": config.data.pinned().identity(),
+        "data": config.data.labelled.pinned().identity(),
         "precision": config.precision,
         "loop": LOOP_VERSION,
     }

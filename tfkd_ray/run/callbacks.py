@@ -28,6 +28,7 @@ from tfkd_ray.run.connect import (
 )
 from tfkd_ray.run.epochs import Shelf, shelf_name
 from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.run.stops import Stops
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Say, to_stderr
 from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, remove_left_behind, write_text
@@ -41,6 +42,8 @@ from tfkd_ray.store import remote
 from tfkd_ray.store.assignment import assigned, without_assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
+    STOPPED_BY,
+    STOPS,
     Record,
     append_line,
     check_no_links,
@@ -65,6 +68,7 @@ class Recorder(Listener):
         losses: "Losses",
         budget: "Budget | None" = None,
         *,
+        stops: Stops | None = None,
         on_note: Say | None = None,
     ) -> None:
         self._lines: dict[str, list[str]] = {}
@@ -73,6 +77,7 @@ class Recorder(Listener):
         self._go_on: dict[str, int] = {}
         self._over: list[Path] = []
         self._losses, self._budget, self._note = losses, budget, on_note or to_stderr
+        self._stops = stops
 
     def on_start(self, trial: Any, last: Values) -> None:
         folder = self._folder(trial)
@@ -165,11 +170,17 @@ class Recorder(Listener):
         failed = result.get("failed")
         full = result.get("epoch") == assigned(trial).epochs or result.get(FULL_LENGTH)
         ended = "done" if full else "stopped"
-        self._write(trial, "failed" if failed else ended, failed)
+        why = failed or (None if full else result.get(STOPPED_BY))
+        self._write(trial, "failed" if failed else ended, why)
 
     def on_failed(self, trial: Any) -> None:
         self._write(trial, "failed", self._losses.reason(trial))
         self._lines.pop(trial.trial_id, None)
+
+    def _ended_by(self) -> str | None:
+        """Return why the sweep ends before all trials have."""
+        reasons = (end.reason for end in (self._budget, self._stops) if end is not None)
+        return next((reason for reason in reasons if reason), None)
 
     def on_close(self, trials: Sequence[Any]) -> None:
         for folder in self._over:  # a stopped trial may have been saving until now
@@ -177,7 +188,7 @@ class Recorder(Listener):
         for trial in trials:
             ended = trial.status == "ERROR" or (trial.last_result or {}).get("done")
             if trial.trial_id in self._begun - self._paused and not ended:
-                self._write(trial, "interrupted", self._budget and self._budget.reason)
+                self._write(trial, "interrupted", self._ended_by())
 
     def _folder(self, trial: Any) -> Path:
         return assigned(trial).folder
@@ -213,6 +224,7 @@ _METRICS = {
     "train_loss",
     "train_ce",
     "train_kd",
+    "train_kd_unlabelled",
     "train_kd_ratio",
     "lr",
     "parameters",
@@ -674,7 +686,11 @@ class Lock(Listener):
             self._lock.release()
             raise
         trials = trials_folder(self._experiment).glob("*")
-        for folder in (self._experiment, *trials):  # of a killed driver or trial
+        for folder in (
+            self._experiment,
+            self._experiment / STOPS,
+            *trials,
+        ):  # of a killed driver or trial
             if not folder.is_symlink():
                 remove_left_behind(folder, age_s=1)
         write_text(
@@ -703,6 +719,7 @@ def in_order(
     users: Sequence[tune.Callback],
     *,
     budget: Budget | None = None,
+    stops: Stops | None = None,
     labels: SoftLabels | None = None,
     on_note: Say | None = None,
 ) -> list[tune.Callback]:
@@ -713,7 +730,8 @@ def in_order(
     2. Losses, before Recorder: it determines why a trial failed and how often it was lost, and
        Recorder writes that.
     3. Recorder writes the trial's files.
-    4. SoftLabels stops the shared actor after all trials have ended.
+    4. Stops removes a request of `tfkd stop` after the trial's files say how it ended. SoftLabels
+       stops the shared actor after all trials have ended.
     5. The user's callbacks, in the user's order, and the live view: they read Recorder's files.
     6. Uploads sends the files that the listeners above have written.
     7. Lock is last: the experiment stays locked while any other listener still writes.
@@ -721,9 +739,11 @@ def in_order(
     for view in users:
         if isinstance(view, Progress):
             view.nodes_starting = starting
+            view.stops = stops
     ours: list[Listener] = [tensorboard]
     ours += [] if budget is None else [budget]
-    ours += [losses, Recorder(losses, budget, on_note=on_note)]
+    ours += [losses, Recorder(losses, budget, stops=stops, on_note=on_note)]
+    ours += [] if stops is None else [stops]
     ours += [] if labels is None else [labels]
     last: list[Listener] = [] if lock.claim is None else [Uploads(lock.claim, on_note)]
     last.append(lock)

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
-from tfkd_ray.learn.dataset import Dataset, digest_of
-from tfkd_ray.learn.evaluate import predictions
+from tfkd_ray.learn.dataset import OF_UNLABELLED, Dataset, digest_of
+from tfkd_ray.learn.evaluate import predictions, tf32
 from tfkd_ray.learn.images import Images
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.several import combined
 from tfkd_ray.run.callbacks import Lock, Losses, in_order
+from tfkd_ray.run.stops import Stops
 from tfkd_ray.run.tune import OnTeacher, SharingFifo, assemble, prepare, train_teachers
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.columns import in_columns, wrapped
@@ -168,14 +169,17 @@ def comparison_tuner(
             )
             proposals.append({**run.config.tree, SECTION: assignment.section()})
     losses = Losses(config=compared.runs[0].config, on_note=on_note)
+    stops = Stops(comparison, on_note)
     return assemble(
         config,
         directory,
         tune.TuneConfig(
             search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1
         ),
-        tune.RunConfig(),
-        in_order(lock, TensorBoard(directory / "tb"), losses, callbacks, on_note=on_note),
+        tune.RunConfig(stop=stops),
+        in_order(
+            lock, TensorBoard(directory / "tb"), losses, callbacks, stops=stops, on_note=on_note
+        ),
         max_failures=2,
     )
 
@@ -325,7 +329,8 @@ class _Tester:
         loop = run.config.loop
         if loop is None or loop.test is None:
             return _logits(network, self._data, self.test)
-        return loop.ready().test_logits(run.config, network, self.test), self.test.labels
+        with tf32(self._device, False):
+            return loop.ready().test_logits(run.config, network, self.test), self.test.labels
 
 
 class _Taught:
@@ -366,11 +371,10 @@ class _Taught:
 
 
 def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
-    """Return (logits [N, K], labels [N])."""
-    logits, labels = (
-        torch.cat(parts) for parts in zip(*predictions(network, images, data), strict=True)
-    )
-    return logits, labels
+    """Return (logits [N, K], labels [N]), in exact float32."""
+    with tf32(images.labels.device, False):
+        logits, labels = zip(*predictions(network, images, data), strict=True)
+    return torch.cat(logits), torch.cat(labels)
 
 
 def split_id(data: Dataset) -> str:
@@ -379,11 +383,13 @@ def split_id(data: Dataset) -> str:
         "val_fraction",
         "split_seed",
         "subset",
+        "label_noise",
         "check_md5",
         "image_size",
         "mean",
         "std",
         "digest",
+        *OF_UNLABELLED,
     }
     tree = data.model_dump(mode="json", exclude=data.places | other)
     return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
@@ -697,7 +703,8 @@ def _other_metrics(result: Tree) -> Sentences:
 
 def outcome_table(result: Tree) -> list[str]:
     """Return the outcome as lines of at most 80 columns; accuracies are in per cent."""
-    lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
+    where = f"test split of {result['test']}; trained on {result['trained_on']}"
+    lines = [*wrapped(result["title"]), *wrapped(where)]
     if result["preset"]:
         lines.append(
             f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published"
@@ -710,9 +717,8 @@ def outcome_table(result: Tree) -> list[str]:
     for arm in result["arms"]:
         for run in arm["runs"]:
             if run["status"] != "done":
-                lines.append(
-                    f"{arm['name']}, seed {run['seed']}: {run['status']}: {run.get('reason', '')}"
-                )
+                which = f"{arm['name']}, seed {run['seed']}: {run['status']}"
+                lines += wrapped(f"{which}: {run.get('reason', '')}")
     lines += _other_metrics(result)
     for found in result["verdicts"]:
         lines += ["", f"--- student {found['student']}", *found["text"]]

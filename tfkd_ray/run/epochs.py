@@ -98,7 +98,7 @@ def check_data_here(config: TrainConfig) -> None:
     """Raise, with this node's name, if its data are missing or differ from the driver's."""
     try:
         config.data.check()
-        if config.data.digest is not None:
+        if config.data.digests:
             config.data.pinned()
     except ConfigError as error:
         raise ConfigError(
@@ -121,13 +121,19 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+_NO_MEMORY = re.compile(
+    r"(CUDA (driver )?error|Triton Error \[CUDA\]|Cuda failure.*): '?out of memory|Cuda failure \d* ?'out of memory'"
+    r"|_ALLOC_FAILED|cublasCreate\(|unable to find an engine to execute",
+    re.IGNORECASE,
+)
+"""Parts of error messages of CUDA, its driver, Triton, cuBLAS, cuDNN and NCCL on a GPU without room."""
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return True if a GPU ran out of memory, according to torch's allocator or CUDA."""
+    """Return True if a GPU ran out of memory, by torch's allocator, CUDA or one of its libraries."""
     while error is not None:
         text = reason_of(error)
-        if isinstance(error, torch.OutOfMemoryError) or re.search(
-            "CUDA error: out of memory|_ALLOC_FAILED", text
-        ):
+        if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(text):
             return True
         error = error.__cause__
     return False

@@ -9,6 +9,7 @@ from typing import Any
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import Numbers
 from tfkd_ray.space.relate import as_asked, is_number, placed
 from tfkd_ray.space.space import Space
 from tfkd_ray.store.experiment import Record, read_experiment, read_records
@@ -26,6 +27,8 @@ class Prior:
     values: list[float]
     origin: str
     """EXPERIMENT/TRIAL, where the result comes from."""
+    metrics: Numbers
+    """Metrics of its last epoch."""
 
 
 def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]:
@@ -37,7 +40,7 @@ def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]
     """
     if not experiments:
         return []
-    sampler, metrics = space.sampler, space.search.metrics
+    sampler, metrics = space.sampler, space.search.measured
     if not sampler.priors:
         raise ConfigError(
             f"priors: earlier results would change nothing for the sampler {sampler}; use tpe or gp"
@@ -75,9 +78,13 @@ def _prior(space: Space, record: Record, metrics: Sequence[str], origin: str) ->
     place = placed(space, config)
     if isinstance(place, list):
         return place
-    values = [v for metric in metrics if is_number(v := record.last.get(metric))]
-    if len(values) < len(metrics) or record.last["epoch"] != config.epochs:
+    values = [record.last.get(metric) for metric in space.search.metrics]
+    if (
+        not all(is_number(record.last.get(metric)) for metric in metrics)
+        or record.last["epoch"] != config.epochs
+    ):
         return [f"{' or '.join(metrics)}: not measured there, or not a number"]
     group, parameters = place
     params, distributions = as_asked(group, config.objective.called, parameters)
-    return Prior(group.name, params, distributions, values, origin)
+    found = [float(v) for v in values if v is not None]
+    return Prior(group.name, params, distributions, found, origin, record.last)

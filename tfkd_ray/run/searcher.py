@@ -18,7 +18,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,21 @@ from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space, share_of
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
+    STOPPED_BY,
     as_number,
     damaged,
     parse_json,
 )
+from tfkd_ray.verdict.limits import excesses
 
 STARTUP = 10
 """Maximum number of random proposals before a model starts; fewer in a small study."""
 
 
+OUTSIDE = "(outside)"
+"""Name, after that of the studies, of the study with the trials that a narrower space leaves out."""
+OUTSIDE_ATTRS = ("group", "config")
+"""What its trials note besides: the group that they count for, and their whole configuration."""
 END_OF_STEPS = 2**31
 """Epochs from here on are not written: a database keeps them in 32 bits."""
 
@@ -100,6 +106,8 @@ class _Live:
         """The highest rung from which the trial may go on."""
         self.rung = 0
         """The rung at which it should pause."""
+        self.last: Values = {}
+        """Its result there."""
 
     def tell(self, values: Any = None, state: TrialState | None = None) -> None:
         """Record the end of the trial in its study; repeating it changes nothing."""
@@ -211,6 +219,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._studies: list[Study] | None = None
+        self._outside: list[FrozenTrial] = []
         self._storage: Any = None
         self._asked = False
         self._live: dict[str, _Live] = {}
@@ -324,7 +333,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             name=name,
             epochs=config.epochs,
             parameters=values,
-            metrics=self.space.search.metrics,
+            metrics=self.space.search.measured,
             directory=None if self.folder is None else self.folder / name,
             more=self.place,
         )
@@ -352,10 +361,23 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if failed or not (result or live.reported):
             self._fail(live, failed or "ended without a result")
         elif result and self._is_whole(live, result):
+            self._limit(live.trial, result)
             self._tell_values(live, {m: result.get(m) for m in self.space.search.metrics})
         else:
+            self._limit(live.trial, result)
             live.tell(state=TrialState.PRUNED)
         self._notice_end(live)
+
+    def _limit(self, trial: Trial, metrics: Values) -> None:
+        """Tell the study by how much a trial that ends exceeds its constraints."""
+        limits = self.space.search.limits
+        if not metrics or not limits:
+            return
+        # known already if the driver was killed between this and the end of the trial
+        known = _trials(trial.study)[trial.number].constraints
+        for name, excess in excesses(limits, metrics).items():
+            if name not in known:
+                trial.set_constraint(name, excess)
 
     def _fail(self, live: _Live, reason: str) -> None:
         live.trial.set_user_attr("reason", reason)
@@ -388,6 +410,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             "training_iteration"
         )  # it ended after its last report
         by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
+        by_itself = by_itself and not result.get(STOPPED_BY)
         epoch, last = (
             live.epochs.of(result),
             self.space.epochs - (1 if 0 in live.reported else 0),
@@ -457,7 +480,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return False
         if self.pauses and self.judges:  # with another scheduler, nothing would pause
             value = as_number(result.get(self.space.search.metric))
-            live.stopped = self._pauses_at(live, epoch, value)
+            live.stopped, live.last = self._pauses_at(live, epoch, value), result
             return live.stopped
         if not fresh and not (epoch == live.before and epoch in live.reported):
             return False
@@ -496,6 +519,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         live = self._live.pop(trial_id)
         n, rung = live.trial.user_attrs["number"], live.rung
         live.trial.set_user_attr("paused", rung)
+        self._limit(live.trial, live.last)
         live.tell(state=TrialState.PRUNED)
         self._held[n] = trial_id
         self._notice(n, self._entrant(n, state="paused", rung=rung))
@@ -518,11 +542,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def finish(self) -> None:
         """Record that the paused trials are over: more trials of this search do not bring them back."""
+        self.give_up(self.paused())
+
+    def give_up(self, numbers: Iterable[int]) -> None:
+        """Record that paused trials do not go on."""
         for g, study in enumerate(self._open()):
-            paused = [n for n, e in self._entrants[g].items() if e.state == "paused"]
-            if paused:
-                study.set_user_attr("ended", max(paused))
-            for n in paused:
+            mine = [n for n in numbers if n in self._entrants[g]]
+            if mine:
+                study.set_user_attr("over", sorted({*study.user_attrs.get("over", []), *mine}))
+            for n in mine:
                 self._notice(n, self._entrant(n, state="over"))
 
     def paused(self) -> set[int]:
@@ -587,7 +615,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def remaining(self) -> int:
         """Return the number of trials still to be proposed, unfinished and new."""
         self._open()
-        return len(self._todo) + self.space.search.num_samples - self._next
+        return len(self._todo) + self.space.search.most_trials - self._next
 
     def close(self) -> None:
         """Close the storage; the next access opens it again."""
@@ -620,6 +648,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
         for prior in priors:
             about = {"params": prior.params, "distributions": prior.distributions}
+            about["constraints"] = excesses(self.space.search.limits, prior.metrics)
             _add_once(studies[prior.group], prior.origin, values=prior.values, **about)
 
     def add_evaluated_point(
@@ -640,6 +669,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             pruned: it was stopped early.
             intermediate_values: after epochs 1, 2, ...
         """
+        if self.space.search.constraints:
+            raise ConfigError(
+                "add_evaluated_point: the space has constraints, and the point no values of their metrics; leave it out"
+            )
         group, objective, values = point_in(self.space, parameters, whole=True)
         params, distributions = as_asked(group, objective, values)
         told = list(value) if isinstance(value, list | tuple) else [value]
@@ -679,6 +712,23 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Return True if no trial runs, and none will."""
         return not self._live and self.next_action().what == "end"
 
+    def end_early(self, number: int, metrics: Values) -> None:
+        """Record an unfinished trial of an earlier session as stopped; it is not proposed again.
+
+        Args:
+            metrics: those of its last epoch.
+        """
+        studies = self._open()
+        known = self._started.pop(number, None)
+        if known is not None:
+            study = studies[self._group_of[number]]
+            self._limit(self._again(study, known), metrics)
+            study.tell(known, state=TrialState.PRUNED, skip_if_finished=True)
+            self._todo.remove(number)
+            self._notice(number, self._entrant(number, state="over"))
+        elif number in self.paused():
+            self.give_up({number})
+
     def waiting(self) -> set[int]:
         """Return the numbers of the trials that will be proposed again."""
         self._open()
@@ -691,7 +741,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             t.user_attrs["number"]: str(t.user_attrs.get("name"))
             for t in trials
             if "number" in t.user_attrs
-        }
+        } | self.outside()
 
     def recorded(self) -> list[Tree]:
         """Return the trees of these studies' spaces, mostly one. Release 0.1.0 recorded none."""
@@ -747,6 +797,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             )
             with contextlib.nullcontext() if self.storage is None else database(self.storage):
                 studies = self._make_studies()
+                self._outside = self._read_outside()
             self._studies = studies
             if isinstance(self.space, Space):
                 self.add_priors(prior_trials(self.space, self.priors))
@@ -778,6 +829,39 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 study.set_user_attr("space", record)
         return studies
 
+    def _read_outside(self) -> list[FrozenTrial]:
+        """Return the trials that this space leaves out; there are none before it was changed."""
+        name = f"{self.study}/{OUTSIDE}"
+        if "@" not in self.study or name not in optuna.study.get_all_study_names(self._storage):
+            return []
+        study = optuna.load_study(study_name=name, storage=self._storage)
+        return list(_trials(study))
+
+    def make_outside(self) -> Study:
+        """Create the study of the trials that this space leaves out."""
+        return optuna.create_study(
+            storage=self.optuna_storage(),
+            study_name=f"{self.study}/{OUTSIDE}",
+            directions=[{"max": "maximize", "min": "minimize"}[m] for m in self.space.search.modes],
+        )
+
+    def outside(self) -> dict[int, str]:
+        """Return the names of the trials that this space leaves out, by number."""
+        self._open()
+        numbered = [t.user_attrs for t in self._outside if "number" in t.user_attrs]
+        return {about["number"]: str(about.get("name")) for about in numbered}
+
+    def configured(self) -> Iterator[tuple[FrozenTrial, TrainConfig]]:
+        """Yield all trials, also those left out and of earlier experiments, with configurations."""
+        for group, study in zip(self.space.groups, self.studies(), strict=True):
+            for trial in _trials(study):
+                if "number" in trial.user_attrs or "prior" in trial.user_attrs:
+                    _, config = group.propose(optuna.trial.FixedTrial(trial.params))
+                    yield trial, config
+        for trial in self._outside:
+            with damaged(self.journal):
+                yield trial, validated(TrainConfig, parse_json(trial.user_attrs["config"]))
+
     def _refuse_another_dictionary(self, record: str) -> None:
         """Raise if the storage has this study of another plain dictionary, before it is changed."""
         name = f"{self.study}/{self.space.groups[0].name}"
@@ -806,6 +890,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                     )  # a later attempt replaces an earlier one
                 elif trial.state == TrialState.RUNNING:
                     study.tell(trial.number, state=TrialState.FAIL)
+        places = {group.name: g for g, group in enumerate(self.space.groups)}
+        for trial in self._outside:  # they have ended, and count for their group
+            if (n := trial.user_attrs.get("number")) is not None:
+                latest[n], self._group_of[n] = trial, places.get(trial.user_attrs["group"], -1)
         self._started = {
             n: trial.number for n, trial in latest.items() if not trial.state.is_finished()
         }
@@ -813,10 +901,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
         self._counts = collections.Counter(self._group_of.values())
         self._entrants = [{} for _ in studies]
+        outside = {t.user_attrs.get("number") for t in self._outside}
+        over = {n for study in studies for n in study.user_attrs.get("over", [])}
         for n, trial in latest.items():
-            ended = studies[self._group_of[n]].user_attrs.get("ended", -1)
-            entrant = _as_entrant(trial, self.space.rungs, ended=ended)
-            self._entrants[self._group_of[n]][n] = entrant
+            if n not in outside:
+                entrant = _as_entrant(trial, self.space.rungs, over=n in over)
+                self._entrants[self._group_of[n]][n] = entrant
         self._action = None
 
     def _take_up(self, trial_id: str, n: int) -> None:
@@ -988,11 +1078,11 @@ def _running_again(trial: FrozenTrial, **about: Any) -> FrozenTrial:
     )
 
 
-def _as_entrant(trial: FrozenTrial, rungs: Sequence[int], *, ended: int) -> Entrant:
+def _as_entrant(trial: FrozenTrial, rungs: Sequence[int], *, over: bool) -> Entrant:
     """Return what pausing halving sees of a trial, the last attempt of its number.
 
     Args:
-        ended: the highest number of a trial that had begun when its search ended before.
+        over: the trial does not go on, even if it has paused.
     """
     about, values = trial.user_attrs, trial.intermediate_values
     n, rung = about["number"], about.get("paused", 0)
@@ -1001,7 +1091,7 @@ def _as_entrant(trial: FrozenTrial, rungs: Sequence[int], *, ended: int) -> Entr
         return Entrant(n, "running", found, rung)
     if trial.state == TrialState.COMPLETE:
         return Entrant(n, "whole", found, rung)
-    waits = trial.state == TrialState.PRUNED and rung > about.get("promoted", 0) and n > ended
+    waits = trial.state == TrialState.PRUNED and rung > about.get("promoted", 0) and not over
     if rung > about.get("promoted", 0):
         found.setdefault(rung, math.nan)
     return Entrant(n, "paused" if waits else "over", found, rung)
@@ -1264,39 +1354,80 @@ def given_points(space: Space | PlainSpace, points: Sequence[Values]) -> dict[st
 
 
 def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
-    """Replace the studies of a wider space (see `not_superset`) by all trials of a narrower one.
+    """Replace the studies of a space by all trials of an earlier one, in which a sweep began.
 
-    A value that was fixed before and is searched now becomes a parameter of the copied trials.
+    A value that was fixed before and is searched now becomes a parameter of the copied trials. A
+    trial that lies outside goes to a study of its own, which no sampler and no rung reads.
     """
     assert isinstance(new.space, Space), f"{new.space=}"
     copies: list[tuple[int, str, FrozenTrial]] = []
-    ended: dict[str, int] = {}
-    for group, study in zip(old.space.groups, old.studies(), strict=True):
-        last = study.user_attrs.get("ended", -1)
-        for trial in _trials(study):
-            if "number" in trial.user_attrs or "prior" in trial.user_attrs:
-                _, config = group.propose(optuna.trial.FixedTrial(trial.params))
-                place = placed(new.space, config)
-                assert not isinstance(place, list), f"{trial.user_attrs=} {place=}"
-                params, distributions = as_asked(place[0], config.objective.called, place[1])
-                copied = create_trial(
-                    state=trial.state,
-                    values=trial.values if trial.state == TrialState.COMPLETE else None,
-                    params=params,
-                    distributions=distributions,
-                    user_attrs=trial.user_attrs,
-                    intermediate_values=trial.intermediate_values,
-                )
-                copies.append((trial.user_attrs.get("number", -1), place[0].name, copied))
-                ended[place[0].name] = max(ended.get(place[0].name, -1), last)
+    over = sorted({n for study in old.studies() for n in study.user_attrs.get("over", [])})
+    for trial, config in old.configured():
+        place = placed(new.space, config)
+        number = trial.user_attrs.get("number", -1)
+        if isinstance(place, list):
+            copies.append((number, OUTSIDE, _outside_copy(new.space, trial, config)))
+            continue
+        params, distributions = as_asked(place[0], config.objective.called, place[1])
+        told = {k: v for k, v in trial.user_attrs.items() if k not in OUTSIDE_ATTRS}
+        copied = create_trial(
+            state=trial.state,
+            values=trial.values if trial.state == TrialState.COMPLETE else None,
+            params=params,
+            distributions=distributions,
+            user_attrs=told,
+            intermediate_values=trial.intermediate_values,
+            constraints=trial.constraints,
+        )
+        copies.append((number, place[0].name, copied))
     for name in optuna.study.get_all_study_names(storage=old.optuna_storage()):
         if name.startswith(f"{new.study}/"):  # left by a crash
             optuna.delete_study(study_name=name, storage=old.optuna_storage())
     studies = dict(zip([g.name for g in new.space.groups], new.studies(), strict=True))
+    if any(name == OUTSIDE for _, name, _ in copies):
+        studies[OUTSIDE] = new.make_outside()
     for _, name, copied in sorted(copies, key=lambda entry: entry[0]):
         studies[name].add_trial(copied)
-    for name, n in ended.items():
-        if n >= 0:  # its paused trials are over
-            studies[name].set_user_attr("ended", n)
+    for study in studies.values() if over else ():
+        study.set_user_attr("over", over)
     old.close()
     new.close()
+
+
+def _outside_copy(space: Space, trial: FrozenTrial, config: TrainConfig) -> FrozenTrial:
+    """Return a trial that lies outside of a space, for the record; unfinished, it has ended.
+
+    Its parameters are those of another space, so its configuration stands for them.
+    """
+    group = None  # an objective that the space leaves out
+    for g in space.groups:
+        if config.objective.called in (branch.objective for branch in g.branches):
+            group = g.name
+    about = dict(zip(OUTSIDE_ATTRS, (group, json.dumps(config.tree)), strict=True))
+    return create_trial(
+        state=trial.state if trial.state.is_finished() else TrialState.PRUNED,
+        values=trial.values if trial.state == TrialState.COMPLETE else None,
+        user_attrs={**trial.user_attrs, **about},
+        intermediate_values=trial.intermediate_values,
+        constraints=trial.constraints,
+    )
+
+
+def outside_of(
+    searcher: OptunaSearcher, space: Space
+) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Return the numbered trials of a search that lie in another space, and those that do not.
+
+    The first by name, the others with what differs.
+    """
+    inside: dict[int, str] = {}
+    outside: dict[int, list[str]] = {}
+    for trial, config in searcher.configured():
+        if "number" not in trial.user_attrs:
+            continue
+        place, number = placed(space, config), trial.user_attrs["number"]
+        if isinstance(place, list):
+            outside[number] = place
+        else:
+            inside[number] = str(trial.user_attrs.get("name"))
+    return inside, outside

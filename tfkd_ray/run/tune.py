@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from ray.tune.utils import flatten_dict
 from sqlalchemy.exc import OperationalError
 
 from tfkd_ray.learn import teachers
+from tfkd_ray.learn.checkpoint import BEFORE, LAST
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
-from tfkd_ray.learn.dataset import forget_loaded, seal_test_split
+from tfkd_ray.learn.dataset import forget_loaded, notes_on_unlabelled, seal_test_split
 from tfkd_ray.run.callbacks import (
     Budget,
     Lock,
@@ -47,7 +49,14 @@ from tfkd_ray.run.connect import (
 from tfkd_ray.run.epochs import check_data_here
 from tfkd_ray.run.nodes import check_shared
 from tfkd_ray.run.priors import prior_trials
-from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping, copy_trials, take_saved_journal
+from tfkd_ray.run.searcher import (
+    OptunaSearcher,
+    StudyStopping,
+    copy_trials,
+    outside_of,
+    take_saved_journal,
+)
+from tfkd_ray.run.stops import Stops, drop_stop, end_stopped
 from tfkd_ray.run.studies import (
     close_storage,
     drop_stale_locks,
@@ -61,11 +70,11 @@ from tfkd_ray.settings.errors import ConfigError, Say, Sentences, readable, some
 from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.settings.yaml import Tree, Values, dump_yaml
+from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
-from tfkd_ray.space.relate import not_superset
-from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig
-from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digest
+from tfkd_ray.space.relate import not_comparable, not_superset
+from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig, more_samples
+from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digests
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
@@ -73,9 +82,11 @@ from tfkd_ray.store.experiment import (
     gone_trials,
     is_begun,
     read_experiment,
+    read_record,
     read_records,
     trials_folder,
     write_experiment,
+    write_record,
 )
 from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
 
@@ -167,8 +178,18 @@ def build_tuner(
     searcher = _searcher(space, experiment, storage, url, priors=priors)
     searcher.remaining()  # creates the studies, with the priors in them
     write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
+    stops = Stops(Experiment(storage, name), on_note)
     return _tuner(
-        space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note
+        space,
+        experiment,
+        lock,
+        callbacks,
+        tune_config,
+        run_config,
+        searcher,
+        stops,
+        on_budget,
+        on_note,
     )
 
 
@@ -203,7 +224,8 @@ def resume_tuner(
         time_budget_s: a new budget, which starts from zero; likewise `gpu_hours`, `cpu_hours` and
             `max_failed_trials`. None: continue the remaining budget.
         priors: more earlier experiments for the sampler.
-        space: a wider space to continue in, which contains every trial of the experiment.
+        space: a wider or narrower space to continue in. Trials of the experiment that lie outside
+            stay on record, and do not guide the search; some must lie inside.
         study_storage: the study storage's URL, if it has moved or TFKD_STORAGE lacks its password.
         on_budget: called with a sentence if a budget ends the sweep.
         on_note: as for `build_tuner`.
@@ -223,7 +245,9 @@ def resume_tuner(
     with contextlib.ExitStack() as undone:
         lock = Lock(*found)
         undone.callback(lock.release)
-        about["space"]["search"]["num_samples"] += add_trials
+        drop_stop(found)
+        samples = about["space"]["search"]["num_samples"]
+        about["space"]["search"]["num_samples"] = more_samples(samples, add_trials)
         if study_storage is not None:
             about["space"]["search"]["storage"] = study_storage
         old = build_space(about["space"], experiment / "experiment.yaml")
@@ -243,6 +267,8 @@ def resume_tuner(
         _check_unchanged(old, searcher)
         _check_all_there(searcher, experiment)
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
+        if new.search.study != old.search.study:
+            _check_some_inside(searcher, new, experiment, say)
         earlier = prior_trials(new, priors)
         spent = spent_so_far(experiment, workers=workers_of(old.tree))
         spent["max_failed_trials"] = (
@@ -272,9 +298,14 @@ def resume_tuner(
         ):
             about["space"] = new.tree
             write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
+        _end_outside(searcher, experiment)
         train_teachers(new.teacher_runs(), storage, on_teacher, on_note=on_note)
         ray_configs = tune.TuneConfig(), tune.RunConfig()
-        tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
+        end_stopped(found, searcher)
+        stops = Stops(found, on_note)
+        tuner = _tuner(
+            new, experiment, lock, callbacks, *ray_configs, searcher, stops, on_budget, on_note
+        )
         undone.pop_all()
     return tuner
 
@@ -365,24 +396,66 @@ def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
         raise ConfigError(message, experiment)
 
 
+def _check_some_inside(searcher: OptunaSearcher, space: Space, experiment: Path, say: Say) -> None:
+    """Refuse a space that leaves out all trials; say how many a narrower one leaves out."""
+    inside, outside = outside_of(searcher, space)
+    if not outside:
+        return
+    many = len(inside) + len(outside)
+    if not inside:
+        why = Counter(difference for told in outside.values() for difference in told)
+        raise ConfigError(
+            [
+                f"none of its {many} trials lies in the new space; begin a new experiment there: tfkd tune",
+                *(difference for difference, _ in why.most_common(3)),
+            ],
+            experiment,
+        )
+    say(
+        f"{len(outside)} of {many} trials lie outside of the new space: they stay on record, and do not guide the "
+        "search"
+    )
+
+
+def _end_outside(searcher: OptunaSearcher, experiment: Path) -> None:
+    """Note the end of unfinished trials that the space leaves out: they are not resumed."""
+    for name in searcher.outside().values():
+        folder = trials_folder(experiment) / name
+        if not (folder / "trial.json").is_file():
+            continue
+        record = read_record(folder)
+        if record.status in ("running", "interrupted", "paused"):
+            reason = "outside of the narrower space in which the sweep was resumed"
+            write_record(replace(record, status="stopped", reason=reason))
+            for state in (LAST, BEFORE):
+                (folder / state).unlink(missing_ok=True)
+
+
 def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
-    """Return a wider space with the old one's storage and new names for its studies."""
-    if new.example.data.digest is None:
-        new = with_digest(new, old.example.data.digest)
-    problems = not_superset(old, new)
+    """Return a wider or narrower space with the old one's storage and new names for its studies."""
+    if not new.example.data.digests:
+        new = with_digests(new, old.example.data.digests)
+    problems = not_comparable(old, new)
     if problems:
-        message = "an experiment is resumed in its own space, or in one that contains all of it"
+        message = "an experiment is resumed in its own space, or in a wider or narrower one"
         raise ConfigError([message, *problems], experiment)
     if new.search.storage not in (None, old.search.storage):
         raise ConfigError(
             "search.storage: an experiment's studies stay where they are; leave it out", experiment
+        )
+    late = [point for point in new.search.points if point not in old.search.points]
+    if late:
+        raise ConfigError(
+            f"search.points: {in_yaml(late[0])} is new, and first trials come first: those here have begun; "
+            "leave it out, or begin a new experiment: tfkd tune",
+            experiment,
         )
     alike = {b.objective: b.parameters for b in old.branches} == {
         b.objective: b.parameters for b in new.branches
     }
     name, _, count = (old.search.study or "tfkd").partition("@")
     study = old.search.study if alike else f"{name}@{int(count or 1) + 1}"
-    samples = new.search.num_samples + add_trials
+    samples = more_samples(new.search.num_samples, add_trials)
     budgets = old.search.budgets | new.search.budgets
     return _with_search(
         new, storage=old.search.storage, study=study, num_samples=samples, **budgets
@@ -398,8 +471,10 @@ def prepare(config: TrainConfig, storage: Storage, notes: Sequence[str] | None =
         notes: those of `try_own_code`, if it was asked for more than this configuration.
     """
     config.data.check()
-    if config.data.digest is not None:
+    if config.data.digests:
         config.data.pinned()
+    for note in notes_on_unlabelled(config.data):
+        print(f"note: {note}", file=sys.stderr)
     forget_loaded()
     for note in config.try_own_code() if notes is None else notes:
         print(f"note: {note}", file=sys.stderr)
@@ -575,6 +650,7 @@ def _tuner(
     tune_config: tune.TuneConfig,
     run_config: tune.RunConfig,
     searcher: OptunaSearcher,
+    stops: Stops,
     on_budget: Say | None,
     on_note: Say | None,
 ) -> tune.Tuner:
@@ -583,6 +659,7 @@ def _tuner(
         getattr(tune_config.scheduler, "metric", None) is not None
     )  # Tune refuses to get it twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
+    stops.searcher = searcher
     losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
     tune_config = replace(
         tune_config,
@@ -590,7 +667,8 @@ def _tuner(
         mode=None if told else tune_config.mode or space.search.mode,
         search_alg=searcher,
         scheduler=tune_config.scheduler or _scheduler(space, searcher),
-        num_samples=-1 if searcher.pauses else max(1, trials),  # who goes on is not known before
+        # the searcher ends the sweep itself if it pauses trials, or has a budget alone
+        num_samples=(-1 if searcher.pauses or space.search.num_samples is None else max(1, trials)),
         max_concurrent_trials=(
             space.search.max_concurrent
             if tune_config.max_concurrent_trials is None
@@ -604,6 +682,7 @@ def _tuner(
         losses,
         [*callbacks, *(run_config.callbacks or [])],
         budget=budget,
+        stops=stops,
         labels=SoftLabels(experiment) if banked else None,
         on_note=on_note,
     )
@@ -611,7 +690,7 @@ def _tuner(
     stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
         stoppers.append(budget)
-    run_config = replace(run_config, stop=CombinedStopper(*stoppers) if stoppers else None)
+    run_config = replace(run_config, stop=CombinedStopper(*stoppers, stops))
     return assemble(
         space.example,
         experiment,

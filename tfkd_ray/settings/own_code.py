@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import site
 import sys
 import sysconfig
@@ -65,10 +66,16 @@ def at_home(function: Callable[..., _T]) -> Callable[..., _T]:
     return function if _home is None else run
 
 
+def is_function(text: Any) -> bool:
+    """Return whether a text is `package.module:function`."""
+    return isinstance(text, str) and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", text) is not None
+
+
 def is_needed(tree: Any) -> bool:
     """Return whether a configuration tree names the user's own code."""
     if isinstance(tree, Mapping):
-        return tree.get("name") == "own" or any(map(is_needed, tree.values()))
+        named = tree.get("name") == "own" or is_function(tree.get("unlabelled"))
+        return named or any(map(is_needed, tree.values()))
     return isinstance(tree, list | tuple) and any(map(is_needed, tree))
 
 

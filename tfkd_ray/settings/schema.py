@@ -135,13 +135,18 @@ def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
     The location names a member of a union by its tag.
     """
     found: list[type[Settings]] = [model]
+    keyed = False
     for part in loc:
         if isinstance(part, int):  # an index in a list
+            continue
+        if keyed:  # a key leads to the item itself
+            keyed = False
             continue
         inside = [f for m in found for name, f in m.model_fields.items() if name == part]
         if inside:
             found = [m for f in inside for m in members(f)]
-        elif not str(part).isdecimal():  # the number of an item leads to the item itself
+            keyed = any(typing.get_origin(a) is dict for f in inside for a in leaves(f.annotation))
+        else:
             found = [m for m in found if tag(m) == part]
     return {name for m in found for name in m.model_fields}
 

@@ -77,6 +77,13 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
     )
     yield dump_yaml({k: tree[k] for k in recipe if k in tree}).rstrip()
     yield "```"
+    if data.unlabelled is not None:
+        place = data.unlabelled if "/" not in data.unlabelled else f"`{Path(data.unlabelled).name}`"
+        which = f" (digest `{data.unlabelled_digest}`)" if data.unlabelled_digest else ""
+        yield (
+            f"\nFor each labelled image a step had {data.unlabelled_ratio:g} without labels, of {place}{which}; they "
+            "took part in the soft part of the loss alone."
+        )
     yield "\n## Teacher\n"
     yield from _teacher_section(chosen)
     yield "\n## Licence\n"

@@ -23,9 +23,11 @@ from tfkd_ray.store.experiment import (
     read_metrics,
     read_record,
     read_records,
+    selection_limits,
     selection_metric,
     trials_folder,
 )
+from tfkd_ray.verdict.limits import limits_text, met_text
 from tfkd_ray.verdict.scores import Score, ranked, score_of
 from tfkd_ray.verdict.verdict import JudgedMetric
 
@@ -78,7 +80,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         )
     if (source / "experiment.yaml").is_file():
         records = read_records(source)
-        winner = best(records, selection_metric(source))
+        winner = best(records, selection_metric(source), selection_limits(source))
         if winner is None:
             raise ConfigError(
                 f"no trial of full length yet ({len(records)} trials), so none has weights; resume with: tfkd resume "
@@ -116,8 +118,11 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
     config = validated(TrainConfig, record.config, path)
     metric = selection_metric(experiment)
     records = read_records(experiment)
-    winner = best(records, metric)
+    limits = selection_limits(experiment)
+    winner = best(records, metric, limits)
     value = f"{metric} {record.last[metric]:.4f}"
+    if limits:
+        value += f" ({limits_text(limits)}: it {met_text(limits, record.last)})"
     if winner is not None and winner.name == record.name:
         full = sum(r.status == "done" for r in records)
         text = (

@@ -183,7 +183,7 @@ def _images(data: Dataset) -> tuple[str, list[Tensor]]:
         .round()
         .long()
     )
-    batch = max(1, EVAL_PIXELS // math.prod(data.shape[1:]))
+    batch = max(1, EVAL_PIXELS["cpu"] // math.prod(data.shape[1:]))
     shares = [share for share in (index[:1], index[1:8], *index[8:].split(batch)) if len(share)]
     return split, list(images.read(shares))
 

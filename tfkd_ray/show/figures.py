@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from tfkd_ray.settings.errors import some_of
-from tfkd_ray.show.page import DARK, PALE, Axis, Figure, Panel, Series, escaped
+from tfkd_ray.show.page import Axis, Figure, Panel, Series, escaped
+from tfkd_ray.show.page_script import DARK, PALE_LINE
 from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, value_at_rung
 from tfkd_ray.show.status import ExperimentPlan, read_lasts
 from tfkd_ray.space.ranges import Choices, Range
+from tfkd_ray.space.relate import lies_in
 from tfkd_ray.space.space import Parameter, Space, build_space
 from tfkd_ray.store.experiment import Record, pareto, ranked_trials, read_metrics
+from tfkd_ray.verdict.limits import Limits
 from tfkd_ray.verdict.scores import score_of
 
 MAX_CURVES = 200
@@ -24,9 +27,26 @@ MAX_POINTS = 100
 """Most epochs drawn of one trial."""
 MAX_FOREST = 150
 """Most trials from which importance is computed."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#555555")
-RANKED = ("#FDE725", "#5EC962", "#21918C", "#3B528B", "#440154")
-"""Colours from the last rank to the first: viridis."""
+FEWEST = 5
+"""Fewest trials of an objective, at one epoch, over which anything is interpolated or modelled."""
+OBJECTIVE_COLOURS = {
+    "ce": "#7F7F7F",
+    "lsr": "#E69F00",
+    "tfkd_reg": "#0072B2",
+    "tfkd_self": "#009E73",
+    "kd": "#D55E00",
+    "tfkd_reg_code": "#6A4FB3",
+    "dkd": "#CC79A7",
+    "dist": "#56B4E9",
+    "kd_standardised": "#8A6D3B",
+}
+"""Colour of each objective, the same in all figures and reports."""
+OWN_COLOURS = ("#44AA99", "#882255", "#999933", "#DDCC77")
+"""Colours of the user's own objectives, in their order."""
+FADED = (1.0, 0.65, 0.45, 0.3, 0.2)
+"""Opacity of trials of full length from the first ranks to the last."""
+SHOWN_BELOW = ("stopped", "paused", "running", "interrupted")
+"""States of trials that are drawn below full length; failed ones are not."""
 LUCK = "the best of many trials looks better than it is (selection bias)"
 
 
@@ -42,6 +62,56 @@ class Sweep:
     def metric(self) -> str:
         assert self.plan.metric is not None, f"{self.plan=}"
         return self.plan.metric
+
+    def inside(self, objective: str, records: Sequence[Record]) -> list[Record]:
+        """Return an objective's trials that lie in the space as it is now.
+
+        Of a sweep that went on in another space, others lie outside.
+        """
+        branch = next(b for b in self.space.branches if b.objective == objective)
+        return [r for r in self.of(objective, records) if lies_in(branch, r.parameters)]
+
+    def below(self, objective: str) -> list[Record]:
+        """Return an objective's trials below full length that have a value to show."""
+        mine = self.of(objective, self.records)
+        return [r for r in mine if r.status in SHOWN_BELOW and math.isfinite(self.shown(r)[1])]
+
+    def shown(self, record: Record) -> tuple[int, float]:
+        """Return (epoch, value in the unit that is shown) at which a trial is drawn.
+
+        Of a trial of full length the last epoch, of others the last rung that they reached; NaN
+        before the first. One that was stopped between rungs has the value of its last epoch.
+        """
+        epoch = int(record.last.get("epoch", 0))
+        if record.status == "done":
+            return epoch, self.value(record.last)
+        rungs = [rung for rung in self.space.rungs if rung <= epoch]
+        if rungs:
+            epoch = rungs[-1]
+        elif record.status != "stopped":
+            return epoch, math.nan
+        return epoch, self.value_at(record, epoch)
+
+    def value_at(self, record: Record, epoch: int) -> float:
+        """Return a trial's value after an epoch in the unit that is shown; NaN if it has none."""
+        return score_of(self.metric).factor * value_at_rung(self.space, record, epoch)
+
+    def judged(self, objective: str) -> tuple[int, list[tuple[Record, float]]]:
+        """Return (epoch, trials of an objective inside of the space with their values there).
+
+        The epoch is the full length if enough trials have it, else the last rung that enough
+        reached, else the rung that most reached.
+        """
+        full = self.inside(objective, self.full)
+        found = self.space.epochs, [(r, self.value(r.last)) for r in full]
+        for rung in reversed(self.space.rungs):
+            if len(found[1]) >= MIN_TRIALS:
+                break
+            there = [(r, self.value_at(r, rung)) for r in self.inside(objective, self.records)]
+            there = [(r, value) for r, value in there if math.isfinite(value)]
+            if len(there) > len(found[1]):
+                found = rung, there
+        return found
 
     @property
     def full(self) -> list[Record]:
@@ -61,20 +131,39 @@ class Sweep:
 
     def ranked(self, records: Sequence[Record]) -> list[Record]:
         """Return the trials of full length with a value, best first."""
-        return ranked_trials(records, self.metric)
+        return ranked_trials(records, self.metric, self.limits)
+
+    @property
+    def limits(self) -> Limits:
+        """Constraints that the best trial should meet."""
+        return self.space.search.limits
 
     def colour(self, objective: str) -> str:
-        return COLOURS[list(self.plan.rows).index(objective) % len(COLOURS)]
+        left_out = (record.objective for record in self.records)
+        return objective_colour(objective, list(dict.fromkeys([*self.plan.rows, *left_out])))
 
     def axis(self, metric: str | None = None) -> Axis:
         row = score_of(metric or self.metric)
         return Axis(f"{row.title}, {row.unit}")
 
     def hover(self, record: Record) -> str:
-        settings = ", ".join(
-            f"{short_name(k)} {number_text(v)}" for k, v in record.parameters.items()
-        )
-        return f"{record.name}: {trial_value(self, record)}<br>{escaped(settings)}"
+        """Return what is shown of a trial where it is pointed at, as HTML of plotly's labels."""
+        epoch, value = self.shown(record)
+        unit = score_of(self.metric).unit
+        at = f"{value:.4g} {unit} after epoch {epoch}" if math.isfinite(value) else "no value"
+        if record.status != "done":
+            at += f", {record.status}"
+        lines = [f"{record.name}: {at}"]
+        lines += [f"{name}: {number_text(v)}" for name, v in record.parameters.items()]
+        return "<br>".join(map(escaped, lines))
+
+
+def objective_colour(objective: str, objectives: Sequence[str]) -> str:
+    """Return the colour of an objective; of the user's own ones, by their order among all."""
+    if objective in OBJECTIVE_COLOURS:
+        return OBJECTIVE_COLOURS[objective]
+    own = [name for name in objectives if name not in OBJECTIVE_COLOURS]
+    return OWN_COLOURS[own.index(objective) % len(OWN_COLOURS)]
 
 
 def read_sweep(experiment: Path, plan: ExperimentPlan) -> Sweep:
@@ -88,116 +177,136 @@ def read_sweep(experiment: Path, plan: ExperimentPlan) -> Sweep:
 
 
 def parallel(sweep: Sweep) -> Figure:
-    full = [sweep.value(r.last) for r in sweep.full]
-    low, high = (min(full), max(full)) if full else (0.0, 1.0)
-    return Figure(
-        "parallel",
-        "Parallel coordinates",
+    drawn = [
+        sweep.shown(r)[1]
+        for objective in sweep.plan.rows
+        for r in (*sweep.full_of(objective), *sweep.below(objective))
+    ]
+    low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
+    below = any(map(sweep.below, sweep.plan.rows))
+    sentence = (
         "Each line is one trial: it crosses every upright axis at the trial's setting, and the last one at its value "
-        f"({sweep.axis().label}); dark lines are the best. Trials stopped early are grey and have no value.",
-        [
-            _parallel_panel(sweep, objective, low, high)
-            for objective in sweep.plan.rows
-            if _searched(sweep, objective)
-        ],
-        wide=True,
+        f"({sweep.axis().label}); the strongest lines are the best."
     )
+    sentence += (
+        " Dotted lines are trials below full length, with their value at the last rung."
+        if below
+        else ""
+    )
+    panels = [
+        _parallel_panel(sweep, objective, low, high)
+        for objective in sweep.plan.rows
+        if searched_of(sweep, objective)
+    ]
+    return Figure("parallel", "Parallel coordinates", sentence, panels if drawn else [], wide=True)
 
 
 def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Panel:
-    searched = _searched(sweep, objective)
+    searched = searched_of(sweep, objective)
     last = len(searched)
-    full = sweep.ranked(sweep.full_of(objective))
-    other = [r for r in sweep.of(objective, sweep.records) if r not in full]
+    full, below = sweep.ranked(sweep.full_of(objective)), sweep.below(objective)
+    colour = sweep.colour(objective)
 
-    def line(record: Record) -> Iterator[tuple[float, float | None, str]]:
+    def line(record: Record) -> Iterator[tuple[float, float | None]]:
         """Yield the heights of one trial on the axes, in [0, 1]."""
         heights: list[float | None] = [
             _axis_place(p, record.parameters.get(p.name)) for p in searched
         ]
-        value = (sweep.value(record.last) - low) / (high - low) if high > low else 0.5
-        heights.append(value if record in full else None)
-        hover = sweep.hover(record)
-        yield from ((axis, height, hover) for axis, height in enumerate(heights))
+        heights.append((sweep.shown(record)[1] - low) / (high - low) if high > low else 0.5)
+        yield from ((float(axis), height) for axis, height in enumerate(heights))
 
-    series = [_broken_line("not of full length", other, line, PALE, 0.8)] if other else []
-    groups = min(len(RANKED), len(full))
+    ups: list[float | None] = [0.0, 1.0, None]
+    across = [x for axis in range(last + 1) for x in (float(axis), float(axis), None)]
+    series = [Series("lines", across, ups * (last + 1), colour=PALE_LINE, width=1.0)]
+    if below:
+        lines = _broken_line("below full length", below, line, colour, 1.4)
+        series.append(replace(lines, hollow=True, opacity=0.6))
+    groups = min(len(FADED), len(full))
     for k in reversed(range(groups)):  # draws the best last, on top
         some = full[k * len(full) // groups : (k + 1) * len(full) // groups]
         first = k * len(full) // groups + 1
         name = f"rank {first}" if len(some) == 1 else f"rank {first} to {first + len(some) - 1}"
-        colour = RANKED[::-1][k * len(RANKED) // groups]
-        series.append(_broken_line(name, some, line, colour, 1.6))
+        lines = _broken_line(name, some, line, colour, 1.6 if k else 2.6)
+        series.append(replace(lines, opacity=FADED[k]))
     ends = [_ends(p) for p in searched] + [(f"{low:.2f}", f"{high:.2f}")]
     series.append(Series("text", [float(i) for i in range(last + 1)] * 2, [-0.1] * (last + 1) + [1.1] * (last + 1),
                          text=[e[0] for e in ends] + [e[1] for e in ends]))  # fmt: skip
-    names = [
-        short_name(p.name)
-        .replace("weight_decay", "weight<br>decay")
-        .replace("correct_prob", "correct<br>prob")
-        for p in searched
-    ]
+    names = [short_name(p.name).replace("_", "<br>") for p in searched]
     ticks = (
         *((float(i), name) for i, name in enumerate(names)),
-        (float(last), f"value, {score_of(sweep.metric).unit}"),
+        (float(last), f"value,<br>{score_of(sweep.metric).unit}"),
     )
     return Panel(
         objective,
         Axis("searched settings", ticks=ticks, span=(-0.4, last + 0.4)),
         Axis("place in its range", ticks=((0.0, "low"), (1.0, "high")), span=(-0.2, 1.2)),
         series,
-        [(float(i), "") for i in range(last + 1)],
     )
 
 
 def _broken_line(
     name: str,
     records: Sequence[Record],
-    points: Callable[[Record], Iterable[tuple[float, float | None, str]]],
+    points: Callable[[Record], Iterable[tuple[float, float | None]]],
     colour: str,
     width: float,
 ) -> Series:
-    """Return one broken line for many trials; `points`: x, y and the text of a trial's."""
+    """Return one broken line for many trials; `points`: x and y of a trial's."""
     x: list[float | None] = []
     y: list[float | None] = []
-    text: list[str] = []
+    trials: list[int | None] = []
     for record in records:
-        for across, up, hover in points(record):
+        for across, up in points(record):
             x.append(across)
             y.append(up)
-            text.append(hover)
+            trials.append(record.number)
         x.append(None)
         y.append(None)
-        text.append("")
-    return Series("lines", x, y, name, colour, text, width)
+        trials.append(None)
+    return Series("lines", x, y, name, colour, width=width, trials=trials)
 
 
 def slices(sweep: Sweep) -> Figure:
     panels = []
     shared = [p for p in sweep.space.parameters if p.path[0] != "objective"]
     for objective in sweep.plan.rows:
-        for p in _searched(sweep, objective):
+        for p in searched_of(sweep, objective):
             if p not in shared:
                 panels.append(_slice(sweep, p, [objective], f"{objective}: {short_name(p.name)}"))
     panels += [_slice(sweep, p, list(sweep.plan.rows), p.name) for p in shared]
-    return Figure(
-        "slices",
-        "Slices",
-        "Each point is one trial of full length: its value over one of its settings; all other settings differ from "
-        "point to point, too, so a trend is a hint and no more.",
-        panels if sweep.full else [],
+    sentence = (
+        "Each point is one trial: its value over one of its settings; all other settings differ from point to point, "
+        "too, so a trend is a hint and no more."
     )
+    sentence += HOLLOW if any(map(sweep.below, sweep.plan.rows)) else ""
+    return Figure("slices", "Slices", sentence, [panel for panel in panels if panel.series])
+
+
+HOLLOW = " Hollow points are trials below full length, at their value at the last rung."
 
 
 def _slice(sweep: Sweep, p: Parameter, objectives: Sequence[str], title: str) -> Panel:
     series = []
     for objective in objectives:
-        some = [r for r in sweep.full_of(objective) if p.name in r.parameters]
-        x = [_at(p, r.parameters[p.name]) for r in some]
-        y = [sweep.value(r.last) for r in some]
-        series.append(Series("points", x, y, objective if len(objectives) > 1 else "", sweep.colour(objective),
-                             [sweep.hover(r) for r in some]))  # fmt: skip
-    return Panel(title, _axis(p), sweep.axis(), [s for s in series if s.x], height=280)
+        full, below = sweep.full_of(objective), sweep.below(objective)
+        name = objective if len(objectives) > 1 else ""
+        for some, hollow in ((full, False), (below, True)):
+            there = [r for r in some if p.name in r.parameters]
+            if there:
+                series.append(_dots(sweep, there, p, None, name, hollow=hollow))
+                name = ""  # once in the legend
+    return Panel(title, _axis(p), sweep.axis(), series, height=280)
+
+
+def _dots(
+    sweep: Sweep, some: Sequence[Record], x: Parameter, y: Parameter | None, name: str, *, hollow: bool
+) -> Series:  # fmt: skip
+    """Return trials of one objective as points over one setting, or over two (`y`)."""
+    across = [_at(x, r.parameters[x.name]) for r in some]
+    up = [sweep.shown(r)[1] if y is None else _at(y, r.parameters[y.name]) for r in some]
+    colour = sweep.colour(some[0].objective) if y is None else DARK
+    return Series("points", across, up, name, colour,
+                  trials=[r.number for r in some], hollow=hollow)  # fmt: skip
 
 
 def contours(sweep: Sweep) -> Figure:
@@ -205,35 +314,38 @@ def contours(sweep: Sweep) -> Figure:
     for objective in sweep.plan.rows:
         searched = {
             p.name.rpartition(".")[2]: p
-            for p in _searched(sweep, objective)
+            for p in searched_of(sweep, objective)
             if p.path[0] == "objective"
         }
         t, alpha = searched.get("temperature"), searched.get("alpha")
         if t is None or alpha is None or not all(isinstance(p.domain, Range) for p in (t, alpha)):
             continue  # nothing lies between choices
-        full = sweep.full_of(objective)
-        panel = _contour(sweep, objective, t, alpha, full) if len(full) >= MIN_TRIALS else None
+        panel = _contour(sweep, objective, t, alpha)
         if panel:
             panels.append(panel)
         else:
-            few.append(f"{objective} ({len(full)})")
+            few.append(objective)
     sentence = (
-        "Colour is the value, interpolated between the trials of full length (points); the other settings differ "
-        "between them, and where no trial is near there is no colour."
+        "Colour is the value at the epoch in the title, interpolated between the trials that came there; the other "
+        "settings differ between them, and where no trial is near there is no colour. Points are all trials, hollow "
+        "below full length."
     )
-    return Figure("contour", "Temperature against alpha", _but_few(sentence, panels, few), panels)
+    lacking = f"temperature against alpha of {some_of(few)}" if few else ""
+    return Figure("contour", "Temperature against alpha", sentence, panels, lacking=lacking)
 
 
-def _contour(
-    sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full: Sequence[Record]
-) -> Panel | None:
+def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter) -> Panel | None:
+    """Return the surface over T and alpha; None without enough trials."""
     from scipy.interpolate import griddata
     from scipy.spatial import QhullError
 
+    epoch, judged = sweep.judged(objective)
+    if len(judged) < FEWEST:
+        return None
     points = np.array(
-        [[_axis_place(p, r.parameters[p.name]) for p in (t, alpha)] for r in full], dtype=float
+        [[_axis_place(p, r.parameters[p.name]) for p in (t, alpha)] for r, _ in judged], dtype=float
     )
-    values = [sweep.value(r.last) for r in full]
+    values = [value for _, value in judged]
     grid = np.linspace(0, 1, 25)
     try:
         z = griddata(points, values, (grid[None, :], grid[:, None]), method="linear")
@@ -241,29 +353,28 @@ def _contour(
         return None
     x, y = (_positions(p, grid.tolist()) for p in (t, alpha))
     cells = [[float(v) if math.isfinite(v) else None for v in row] for row in z]
-    dots = Series("points", [_at(t, r.parameters[t.name]) for r in full],
-                  [_at(alpha, r.parameters[alpha.name]) for r in full],
-                  text=[sweep.hover(r) for r in full])  # fmt: skip
-    return Panel(
-        objective, _axis(t), _axis(alpha), [dots], surface=(x, y, cells, sweep.axis().label)
-    )
+    all_trials = ((sweep.full_of(objective), False), (sweep.below(objective), True))
+    inside = [(sweep.inside(objective, some), hollow) for some, hollow in all_trials]
+    dots = [_dots(sweep, some, t, alpha, "", hollow=hollow) for some, hollow in inside if some]
+    title = f"{objective}, {len(judged)} trials at epoch {epoch}"
+    return Panel(title, _axis(t), _axis(alpha), dots, surface=(x, y, cells, sweep.axis().label))
 
 
 def importance_section(sweep: Sweep) -> Figure:
     panels, few, cut = [], [], False
     for objective in sweep.plan.rows:
-        full = sweep.full_of(objective)
+        epoch, judged = sweep.judged(objective)
         searched = [
-            p for p in _searched(sweep, objective) if p.within is None
+            p for p in searched_of(sweep, objective) if p.within is None
         ]  # settings of every trial
         if len(searched) < 2:
             continue
-        if len(full) < MIN_TRIALS:
-            few.append(f"{objective} ({len(full)})")
+        if len(judged) < FEWEST:
+            few.append(objective)
             continue
-        cut |= len(full) > MAX_FOREST
+        cut |= len(judged) > MAX_FOREST
         shares = sorted(
-            _shares(sweep, searched, _evenly(full, MAX_FOREST)).items(), key=lambda item: item[1]
+            _shares(sweep, searched, _evenly(judged, MAX_FOREST)).items(), key=lambda item: item[1]
         )
         ticks = tuple((float(i), short_name(name)) for i, (name, _) in enumerate(shares))
         bars = Series(
@@ -273,34 +384,36 @@ def importance_section(sweep: Sweep) -> Figure:
             colour=sweep.colour(objective),
         )
         height = 130 + 26 * len(shares)
-        panels.append(Panel(f"{objective}, {len(full)} trials", Axis("share of the spread, %", span=(0.0, 100.0)),
+        title = f"{objective}, {len(judged)} trials at epoch {epoch}"
+        panels.append(Panel(title, Axis("share of the spread, %", span=(0.0, 100.0)),
                             Axis("", ticks=ticks, span=(-0.6, len(shares) - 0.4)), [bars], height=height))  # fmt: skip
     sentence = (
-        "Share of the spread of values that each setting explains by itself or with others (Optuna's fANOVA, trials of "
-        "full length only); of few trials this is rough, and settings are ranked within their ranges."
+        "Share of the spread of values that each setting explains by itself or with others. The model is Optuna's "
+        "fANOVA, a forest over the settings, each at its place in its range. It compares values at one epoch, the "
+        f"one in the title: the full length where {MIN_TRIALS} trials of an objective have it, else a rung, where "
+        "trials that were stopped later count, too, and settings that learn fast are ahead. Of few trials this "
+        "is rough."
     )
     sentence += f" At most {MAX_FOREST} trials of an objective are looked at." if cut else ""
-    return Figure("importance", "Importance", _but_few(sentence, panels, few), panels)
+    lacking = f"importance of the settings of {some_of(few)}" if few else ""
+    return Figure("importance", "Importance", sentence, panels, lacking=lacking)
 
 
 def _shares(
-    sweep: Sweep, searched: Sequence[Parameter], records: Sequence[Record]
+    sweep: Sweep, searched: Sequence[Parameter], judged: Sequence[tuple[Record, float]]
 ) -> dict[str, float]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize" if sweep.plan.mode == "max" else "minimize")
     flat = {p.name: optuna.distributions.FloatDistribution(0.0, 1.0) for p in searched}
-    for record in records:
+    for record, value in judged:
         params = {
             p.name: min(1.0, max(0.0, _axis_place(p, record.parameters[p.name]) or 0.0))
             for p in searched
         }
-        trial = optuna.trial.create_trial(
-            params=params, distributions=flat, value=record.last[sweep.metric]
-        )
-        study.add_trial(trial)
-    if len({record.last[sweep.metric] for record in records}) == 1:  # all are equal
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=flat, value=value))
+    if len({value for _, value in judged}) == 1:  # all are equal
         return dict.fromkeys(flat, 0.0)
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=0)
     return {
@@ -309,15 +422,20 @@ def _shares(
     }
 
 
+def epoch_line(sweep: Sweep, record: Record) -> Iterator[tuple[float, float | None]]:
+    """Yield (epoch, value) of a trial, of many epochs an even selection."""
+    for m in _evenly(record.metrics, MAX_POINTS):
+        yield m["epoch"], round(sweep.value(m), 4)
+
+
 def curves(sweep: Sweep) -> Figure:
     share = max(1, MAX_CURVES // len(sweep.plan.rows))
     rungs = sweep.space.rungs
     cut = False
     panels = []
 
-    def curve(record: Record) -> Iterator[tuple[float, float | None, str]]:
-        for m in _evenly(record.metrics, MAX_POINTS):
-            yield m["epoch"], round(sweep.value(m), 4), record.name
+    def curve(record: Record) -> Iterator[tuple[float, float | None]]:
+        return epoch_line(sweep, record)
 
     for objective in sweep.plan.rows:
         mine = [r for r in sweep.of(objective, sweep.records) if r.metrics]
@@ -330,10 +448,11 @@ def curves(sweep: Sweep) -> Figure:
             [r for r in drawn if r in full[1:]],
             [r for r in drawn if r not in full],
         )
+        colour = sweep.colour(objective)
         series = [
-            _broken_line("not of full length", rest, curve, PALE, 0.8),
-            _broken_line("full length", whole, curve, sweep.colour(objective), 1.0),
-            _broken_line("best", best, curve, DARK, 2.2),
+            replace(_broken_line("below full length", rest, curve, colour, 1.0), opacity=0.55),
+            replace(_broken_line("full length", whole, curve, colour, 1.4), opacity=0.7),
+            _broken_line("best", best, curve, colour, 3.0),
         ]
         if not mine:
             continue
@@ -364,7 +483,7 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
 def pareto_section(sweep: Sweep) -> Figure:
     searched = sweep.space.search.metrics
     first, *others = searched if len(searched) > 1 else ("val_accuracy", "val_nll")
-    front = pareto(sweep.full, searched) if len(searched) > 1 else []
+    front = pareto(sweep.full, searched, sweep.limits) if len(searched) > 1 else []
     panels = []
     for other in others:
         lasts = (record.last for record in sweep.full)
@@ -396,9 +515,9 @@ def _front_panel(sweep: Sweep, first: str, other: str) -> Panel:
     series = [Series("lines", *points(pareto(some, (first, other))), "front", DARK, width=1.2)]
     for objective in sweep.plan.rows:
         mine = sweep.of(objective, some)
-        hover = [sweep.hover(record) for record in mine]
+        numbers = [record.number for record in mine]
         colour = sweep.colour(objective)
-        series.append(Series("points", *points(mine), objective, colour, hover))
+        series.append(Series("points", *points(mine), objective, colour, trials=numbers))
     shown = [one for one in series if one.x]
     return Panel("all objectives", sweep.axis(other), sweep.axis(first), shown)
 
@@ -409,8 +528,7 @@ def fidelity(sweep: Sweep) -> Figure:
         for found in rank_correlations(sweep.space, sweep.records)
     }
     panels: list[Panel] = []
-    few = sorted({f"{o} ({len(sweep.full_of(o))})" for o in sweep.plan.rows
-                  if len(sweep.full_of(o)) < MIN_TRIALS})  # fmt: skip
+    few = [o for o in sweep.plan.rows if len(sweep.full_of(o)) < MIN_TRIALS]
     for rung in sweep.space.rungs:
         series = []
         for objective in sweep.plan.rows:
@@ -433,7 +551,7 @@ def fidelity(sweep: Sweep) -> Figure:
                     y,
                     name,
                     sweep.colour(objective),
-                    [sweep.hover(p[2]) for p in pairs],
+                    trials=[p[2].number for p in pairs],
                 )
             )
         if series:
@@ -448,28 +566,13 @@ def fidelity(sweep: Sweep) -> Figure:
         "over the survivors a correlation is lower than over all that came to the rung; a second number is "
         "corrected for that." + "".join(warnings)
     )
-    if not sweep.space.rungs:
-        return Figure(
-            "fidelity",
-            "Do the rungs rank right?",
-            "This sweep has no rungs: every trial runs its full length.",
-        )
-    return Figure("fidelity", "Do the rungs rank right?", _but_few(sentence, panels, few), panels)
+    lacking = ""
+    if sweep.space.rungs and few:
+        lacking = f"whether the rungs rank trials of {some_of(few)} as the end does"
+    return Figure("fidelity", "Do the rungs rank right?", sentence, panels, lacking=lacking)
 
 
-def _but_few(sentence: str, panels: Sequence[Panel], few: Sequence[str]) -> str:
-    """Return the sentence, followed by the objectives that have too few trials."""
-    if not panels and not few:
-        return "Nothing that is searched here can be shown in this way."
-    lacking = (
-        f"Fewer than {MIN_TRIALS} trials of full length, too few to tell: {', '.join(few)}."
-        if few
-        else ""
-    )
-    return f"{sentence} {lacking}".strip() if panels else lacking
-
-
-def _searched(sweep: Sweep, objective: str) -> list[Parameter]:
+def searched_of(sweep: Sweep, objective: str) -> list[Parameter]:
     """Return the parameters searched for an objective, its own first."""
     found = [p for b in sweep.space.branches if b.objective == objective for p in b.parameters]
     return sorted(found, key=lambda p: p.path[0] != "objective")

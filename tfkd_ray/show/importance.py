@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.space.relate import as_asked, is_number
+from tfkd_ray.space.relate import as_asked, is_number, lies_in
 from tfkd_ray.space.space import BranchGroup, build_space
 from tfkd_ray.store.experiment import read_experiment, read_records
 
@@ -41,6 +41,7 @@ def importance(
     found: dict[str, dict[str, float]] = {}
     for branch in space.branches:
         mine = [r for r in records if r.objective == branch.objective]
+        mine = [r for r in mine if lies_in(branch, r.parameters)]
         found[branch.objective] = {}
         if len(mine) < ENOUGH or all(p.within for p in branch.parameters):
             continue

@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from tfkd_ray.show.status import (
 )
 from tfkd_ray.space.search_config import Pausing, SearchConfig
 from tfkd_ray.store.assignment import assigned
-from tfkd_ray.store.experiment import FULL_LENGTH, read_record, read_records
+from tfkd_ray.store.experiment import FULL_LENGTH, STOPPED_BY, read_record, read_records
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import feasible_first, met_text
 
 _AGAIN = {"running": "started again", "paused": "goes on"}
 """What a trial does that starts, by what it was."""
@@ -63,6 +64,8 @@ class _Run:
     status: str = "running"
     value: float = math.nan
     images_per_s: float = 0.0
+    last: Values = field(default_factory=dict)
+    """Metrics of its last epoch."""
 
 
 def _latest(rows: list[str], runs: Sequence[_Run], most: int) -> list[str]:
@@ -87,6 +90,8 @@ class Progress(OwnCallback):
         console: where it is shown. None: standard error, or the cell of a notebook that calls `fit`.
     """
 
+    begun = False
+    """True once the sweep has begun."""
     ended_by = ""
     """The budget that ended the sweep, if one did."""
 
@@ -103,10 +108,17 @@ class Progress(OwnCallback):
         self._drawn = 0.0
         self._looked = -math.inf
         self._waiting = ""
+        self.stops: Any = None
+        """Has the `reason` why `tfkd stop` ends the sweep; a sweep sets it."""
         self.nodes_starting: Callable[[], list[str]] = list
         """Asks an autoscaler which nodes it is starting; a sweep on a cluster sets it."""
 
     # --- events
+
+    @property
+    def stopped_by(self) -> str | None:
+        """Return what ended the sweep if `tfkd stop` did."""
+        return None if self.stops is None else self.stops.reason
 
     def end(self, budget: str) -> None:
         """Called when a budget ends the sweep."""
@@ -114,6 +126,7 @@ class Progress(OwnCallback):
         self.note(f"ending: {budget}")
 
     def on_begin(self) -> None:
+        self.begun = True
         self._plan: ExperimentPlan = read_plan(self._experiment)
         self._metric = self._plan.metric or "train_loss"
         search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
@@ -130,6 +143,7 @@ class Progress(OwnCallback):
                     record.status,
                     _number_cell(last, self._metric),
                 )
+                run.last = last
                 self._runs[record.name] = run
         if self._console.is_jupyter:
             self._cell = _Cell()
@@ -162,6 +176,7 @@ class Progress(OwnCallback):
         row = assignment.arm or str(own_code.shown_name(trial.config["objective"]))
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
         run.epoch, run.value = int(last.get("epoch", 0)), _number_cell(last, self._metric)
+        run.last = last
         self._runs[run.name] = run
         if not self._epochs:
             self._epochs.append(time.monotonic())
@@ -171,6 +186,7 @@ class Progress(OwnCallback):
         run = self._run_of(trial)
         if run is not None:
             run.epoch, run.value = epoch, _number_cell(metrics, self._metric)
+            run.last = {name: metrics[name] for name in self._plan.limits if name in metrics}
             run.images_per_s = _number_cell(metrics, "images_per_s")
             self._epochs.append(time.monotonic())
 
@@ -227,8 +243,13 @@ class Progress(OwnCallback):
             self._say(f"{run.name}: failed: {reason}")
         elif run.epoch < run.epochs and not (trial.last_result or {}).get(FULL_LENGTH):
             paused, run.status = run.status == "paused", "stopped"
+            how = (
+                "stopped by tfkd stop"
+                if (trial.last_result or {}).get(STOPPED_BY)
+                else "stopped early"
+            )
             if not paused:  # otherwise that is said already
-                self._say(f"{run.name}: stopped early at epoch {run.epoch}, {value}")
+                self._say(f"{run.name}: {how} at epoch {run.epoch}, {value}")
         else:
             run.status = "done"
             self._say(f"{run.name}: done, {value}")
@@ -267,8 +288,9 @@ class Progress(OwnCallback):
         count = Counter(run.status for run in runs)
         over = count["done"] + count["stopped"] + count["failed"]
         used = spent(self._experiment, count["running"], since=self._start)
+        planned = "" if self._plan.trials is None else f" of {self._plan.trials:,}"
         paused = f"{count['paused']:,} paused, " if count["paused"] else ""
-        title = f"{over:,} of {self._plan.trials:,} trials, {count['running']} running, {paused}"
+        title = f"{over:,}{planned} trials, {count['running']} running, {paused}"
         title += duration(used["seconds"])
         title += self._left(runs, used)
         lines = [
@@ -318,9 +340,13 @@ class Progress(OwnCallback):
             return ""
         new = self._plan.not_begun(Counter(run.row for run in runs))
         left = epochs_left([(run.epoch, run.epochs, run.status) for run in runs], new) / rate
+        if self._plan.trials is None:
+            left = math.inf
         budget = (self._search.time_budget_s or math.inf) - used["seconds"]
         if budget < left:
             return f", {duration(max(0.0, budget))} left of the time budget"
+        if left == math.inf:  # a budget of hours ends it, which its own line shows
+            return ""
         return f", about {duration(left)} left"
 
     def _budgets(self, used: Numbers, failed: int) -> Iterator[str]:
@@ -337,7 +363,8 @@ class Progress(OwnCallback):
 
     def _best_of(self, runs: Sequence[_Run]) -> _Run | None:
         full = [run for run in runs if run.status == "done"]
-        return next(iter(scores.ranked(full, self._metric, lambda run: run.value)), None)
+        ranked = scores.ranked(full, self._metric, lambda run: run.value)
+        return next(iter(feasible_first(ranked, self._plan.limits, lambda run: run.last)), None)
 
     def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
         """Return lines on the best trial of a sweep and its parameters."""
@@ -349,9 +376,10 @@ class Progress(OwnCallback):
             f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {in_yaml(v)}"
             for k, v in short.items()
         )
-        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (
-            f": {values}" if values else ""
-        )
+        limited = met_text(self._plan.limits, winner.last)
+        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}"
+        text += f", {limited}" if limited else ""
+        text += f": {values}" if values else ""
         return textwrap.wrap(
             text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ..."
         )
@@ -428,7 +456,13 @@ class Progress(OwnCallback):
         return ""
 
     def __getstate__(self) -> Tree:
-        return {**super().__getstate__(), "_live": None, "_cell": None, "_console": None}
+        return {
+            **super().__getstate__(),
+            "_live": None,
+            "_cell": None,
+            "_console": None,
+            "stops": None,
+        }
 
 
 SHOWN_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")

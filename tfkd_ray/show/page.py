@@ -1,11 +1,15 @@
-"""The page of a report: figures as data, drawn by plotly in HTML and by matplotlib as SVG."""
+"""The page of a report: figures as data, drawn by plotly in HTML and by matplotlib as SVG.
+
+A series names the trials of its points, so that the page's script (`page_script`) can show their
+settings and mark a trial in all views. Colours are those of a light page; the script has those of a dark one.
+"""
 
 import base64
 import hashlib
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ import numpy as np
 
 from tfkd_ray.settings.files import json_tree, whole_file
 from tfkd_ray.settings.yaml import Tree
+from tfkd_ray.show.page_script import DARK, PALE_LINE, PALE_TEXT, STYLE, script
 
-PALE, DARK = "#C4C4C4", "#222222"
+VIRIDIS = ("#440154", "#3B528B", "#21918C", "#5EC962", "#FDE725")
+"""Five colours from low to high."""
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------
@@ -47,6 +53,31 @@ class Series:
     """Text of each point: shown on hovering; of kind `text`, drawn."""
     width: float = 1.5
     opacity: float = 1.0
+    trials: Sequence[int | None] = ()
+    """Number of each point's trial; its settings are shown on hovering. Empty: points of no trial."""
+    hollow: bool = False
+    """True for circles instead of dots, and for dotted lines: trials below full length."""
+    dash: str = "solid"
+    """Kind of the lines that are not hollow, in plotly's words."""
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A table of numbers whose cells are coloured from the worst to the best."""
+
+    across: Sequence[str]
+    """Head of each column."""
+    down: Sequence[str]
+    """Head of each row."""
+    values: Sequence[Sequence[float | None]]
+    """By row; None: an empty cell."""
+    texts: Sequence[Sequence[str]]
+    """Text of each cell; a second line is small."""
+    about: Sequence[Sequence[str]]
+    """Text of each cell on hovering."""
+    trials: Sequence[Sequence[Sequence[int]]]
+    """Numbers of each cell's trials."""
+    low_is_good: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +94,8 @@ class Panel:
         tuple[Sequence[float], Sequence[float], Sequence[Sequence[float | None]], str] | None
     ) = None
     """Filled contours: x, y, z by row, and the label of z."""
+    heat: Heat | None = None
+    """A table instead of points; the axes have its labels."""
     height: int = 320
     """Height in pixels."""
 
@@ -78,6 +111,10 @@ class Figure:
     panels: Sequence[Panel] = ()
     wide: bool = False
     """True: its panels need more width."""
+    lacking: str = ""
+    """What cannot be told from so few trials; empty: nothing."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Text files with its numbers, by name."""
 
 
 @dataclass(frozen=True)
@@ -98,72 +135,23 @@ def escaped(text: str) -> str:
 
 # --- HTML ------------------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color: #1b1b1b; background: #fff; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 72rem; margin: 0 auto; padding: 1rem; }
-h1 { margin: .5rem 0 0; font-size: 1.7rem; overflow-wrap: anywhere; }
-h2 { margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid #ccc; font-size: 1.3rem; }
-h3 { margin: 1.4rem 0 .2rem; font-size: 1.05rem; }
-h4 { margin: .4rem 0 0; font-size: .95rem; font-weight: 600; }
-p { margin: .3rem 0 .6rem; max-width: 50rem; overflow-wrap: anywhere; }
-.sub { color: #555; }
-nav { margin: .8rem 0; font-size: .9rem; }
-nav a { margin-right: 1rem; white-space: nowrap; }
-.box { border-left: .5rem solid #888; background: #f4f4f4; padding: .6rem 1rem; margin: .6rem 0; }
-.box.yes { border-color: #009e73; background: #eaf7f2; }
-.box.no { border-color: #d55e00; background: #fdf1ea; }
-.box strong { font-size: 1.2rem; }
-.box li { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd;
-  white-space: pre-line; }
-th { font-weight: 600; vertical-align: bottom; }
-.short { white-space: pre; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 0 1.5rem; }
-.panels.wider { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
-.panels.one { max-width: 46rem; grid-template-columns: 1fr; }
-.panel { min-width: 0; }
-pre { overflow-x: auto; font-size: .8rem; background: #f4f4f4; padding: .6rem; }
-@media print {
-  :root { font-size: 11px; }
-  body { max-width: none; padding: 0; }
-  nav, details { display: none; }
-  .panels, .panels.wider { grid-template-columns: 1fr 1fr; }
-  .panels.one { grid-template-columns: 1fr; }
-  .panel, .box, tr, figure:has(.one) { break-inside: avoid; }
-  h2, h3, h4, figcaption { break-after: avoid; }
-  .wide { overflow: visible; }
-}
-@page { margin: 14mm; }
-figure { margin: 0; }
-"""
 
-SCRIPT = """
-const plots = [...document.querySelectorAll('.plot')];
-const touch = matchMedia('(pointer: coarse)').matches;
-for (const plot of plots) {
-  const drawn = JSON.parse(plot.nextElementSibling.textContent);
-  if (touch) drawn.layout.dragmode = false;
-  Plotly.newPlot(plot, drawn.data, drawn.layout, {responsive: true, displayModeBar: false});
-}
-const fit = () => plots.forEach(plot => Plotly.relayout(plot, {width: plot.parentElement.clientWidth}));
-matchMedia('print').addEventListener('change', fit);
-addEventListener('beforeprint', fit);
-addEventListener('afterprint', () => plots.forEach(plot => Plotly.relayout(plot, {width: null, autosize: true})));
-document.documentElement.dataset.drawn = plots.length;
-"""
-
-
-def page_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Return the whole file."""
+def page_html(
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    trials: Mapping[int, tuple[str, str]] | None = None,
+) -> str:
+    """Return the whole file; `trials`: the name of each trial, and what hovering shows, by number."""
     from plotly.offline import get_plotlyjs
 
-    scripts = (
-        [get_plotlyjs(), SCRIPT]
-        if any(isinstance(p, Figure) and p.panels for s in sections for p in s.parts)
-        else []
+    plotted = any(
+        isinstance(part, Figure) and any(panel.heat is None for panel in part.panels)
+        for section in sections
+        for part in section.parts
     )
+    scripts = [get_plotlyjs()] if plotted else []
+    scripts += [script()] if plotted or trials else []
     hashes = " ".join(map(_hash, scripts)) or "'none'"
     policy = (
         f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {hashes}"
@@ -175,14 +163,20 @@ def page_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         f'<section id="s{i}"><h2>{escaped(section.title)}</h2>{"".join(map(_part, section.parts))}</section>\n'
         for i, section in enumerate(sections)
     )
+    told = ""
+    if trials:
+        texts = {str(number): list(text) for number, text in trials.items()}
+        told = f'<script type="application/json" id="trials">{_inert_json(texts)}</script>\n'
+        told += '<div id="marked" hidden></div>\n'
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escaped(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         f'<h1>{escaped(title)}</h1>\n<p class="sub">{escaped(subtitle)}</p>\n<nav>{links}</nav>\n'
         "<noscript><p>The plots need JavaScript, from this file alone; all else does not.</p></noscript>\n"
-        f"{body}{''.join(f'<script>{script}</script>' for script in scripts)}</body></html>\n"
+        f"{body}{told}{''.join(f'<script>{text}</script>' for text in scripts)}</body></html>\n"
     )
 
 
@@ -194,11 +188,7 @@ def _hash(script: str) -> str:
 def _part(part: str | Figure) -> str:
     if isinstance(part, str):
         return part
-    panels = "".join(
-        f'<div class="panel"><h4>{escaped(panel.title)}</h4><div class="plot" style="height:{panel.height}px"></div>'
-        f'<script type="application/json">{_inert_json(_plotly(panel))}</script></div>'
-        for panel in part.panels
-    )
+    panels = "".join(map(_panel_html, part.panels))
     kind = "panels"
     if len(part.panels) == 1:
         kind = "panels one"
@@ -210,6 +200,61 @@ def _part(part: str | Figure) -> str:
     return f'<figure>{figcaption}<div class="{kind}">{panels}</div></figure>\n'
 
 
+def _panel_html(panel: Panel) -> str:
+    title = f"<h4>{escaped(panel.title)}</h4>"
+    if panel.heat is not None:
+        return f'<div class="panel">{title}{_heat_html(panel, panel.heat)}</div>'
+    return (
+        f'<div class="panel">{title}<div class="plot" style="height:{panel.height}px"></div>'
+        f'<script type="application/json">{_inert_json(_plotly(panel))}</script></div>'
+    )
+
+
+def _heat_html(panel: Panel, heat: Heat) -> str:
+    """Return a table of coloured cells, which needs no script."""
+    across, down = escaped(panel.x.label), escaped(panel.y.label)
+    top = (
+        f'<tr><th rowspan="2" scope="col">{down}</th><th colspan="{len(heat.across)}">{across}</th></tr>'
+        f"<tr>{''.join(f'<th scope=col>{escaped(head)}</th>' for head in heat.across)}</tr>"
+    )
+    rows = []
+    for i, head in enumerate(heat.down):
+        cells = "".join(_heat_cell(heat, i, j) for j in range(len(heat.across)))
+        rows.append(f'<tr><th scope="row">{escaped(head)}</th>{cells}</tr>')
+    body = "\n".join(rows)
+    return f'<div class="wide"><table class="heat"><thead>{top}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _heat_cell(heat: Heat, i: int, j: int) -> str:
+    value = heat.values[i][j]
+    if value is None:
+        return "<td></td>"
+    fill, ink = heat_colours(heat, value)
+    first, *more = map(escaped, heat.texts[i][j].split("\n"))
+    small = f"<br><small>{more[0]}</small>" if more else ""
+    trials = " ".join(map(str, heat.trials[i][j]))
+    return (
+        f'<td style="background:{fill};color:{ink}" data-trials="{trials}" '
+        f'title="{escaped(heat.about[i][j])}">{first}{small}</td>'
+    )
+
+
+def heat_colours(heat: Heat, value: float) -> tuple[str, str]:
+    """Return the colours of a cell and of its text."""
+    found = [v for row in heat.values for v in row if v is not None]
+    low, high = min(found), max(found)
+    place = (value - low) / (high - low) if high > low else 0.5
+    if heat.low_is_good:
+        place = 1 - place
+    at = place * (len(VIRIDIS) - 1)
+    k = min(int(at), len(VIRIDIS) - 2)
+    ends = [[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in VIRIDIS[k : k + 2]]
+    mixed = [round(a + (b - a) * (at - k)) for a, b in zip(*ends, strict=True)]
+    red, green, blue = mixed
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 130
+    return "#" + "".join(f"{part:02x}" for part in mixed), "#000" if light else "#fff"
+
+
 def box_html(kind: str, word: str, text: str, more: Sequence[str] = (), context: str = "") -> str:
     listed = "".join(f"<li>{escaped(sentence)}</li>" for sentence in more)
     return (
@@ -219,19 +264,23 @@ def box_html(kind: str, word: str, text: str, more: Sequence[str] = (), context:
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = (
-        f"<thead><tr>{''.join(f'<th>{escaped(h)}</th>' for h in head)}</tr></thead>"
-        if any(head)
-        else ""
+    """Return a table; on a phone each of its rows is a block of lines, with the heads in them."""
+    labelled = any(head)
+    top = f"<thead><tr>{''.join(f'<th>{escaped(h)}</th>' for h in head)}</tr></thead>"
+    body = "".join(
+        f"<tr>{''.join(map(_cell_html, row, head if labelled else [''] * len(row)))}</tr>\n"
+        for row in rows
     )
-    body = "".join(f"<tr>{''.join(map(_cell_html, row))}</tr>\n" for row in rows)
-    return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>\n'
+    start = f'<table class="rows">{top}' if labelled else "<table>"
+    return f'<div class="wide">{start}<tbody>{body}</tbody></table></div>\n'
 
 
-def _cell_html(text: str) -> str:
+def _cell_html(text: str, head: str) -> str:
     """Return a cell of a table; a cell of short lines does not wrap."""
     short = max(map(len, text.splitlines()), default=0) <= 28
-    return f'<td class="short">{escaped(text)}</td>' if short else f"<td>{escaped(text)}</td>"
+    kind = ' class="short"' if short else ""
+    label = f' data-label="{escaped(head)}"' if head else ""
+    return f"<td{kind}{label}>{escaped(text)}</td>"
 
 
 def _inert_json(tree: Any) -> str:
@@ -270,31 +319,42 @@ def _plotly(panel: Panel) -> Tree:
             mode = {"points": "markers", "lines": "lines", "text": "text"}[s.kind]
             trace |= {"type": "scatter", "mode": mode, "opacity": s.opacity, "connectgaps": False}
             trace |= {
-                "line": {"color": s.colour, "width": s.width},
-                "marker": {"color": s.colour, "size": 7},
+                "line": {
+                    "color": s.colour,
+                    "width": s.width,
+                    "dash": "dot" if s.hollow else s.dash,
+                },
+                "marker": {
+                    "color": s.colour,
+                    "size": 7,
+                    "symbol": "circle-open" if s.hollow else "circle",
+                },
             }
-            trace |= {"textfont": {"size": 10, "color": "#555"}} if s.kind == "text" else {}
+            trace |= {"textfont": {"size": 10, "color": PALE_TEXT}} if s.kind == "text" else {}
+            if s.trials:
+                trace["customdata"] = list(s.trials)
             if s.text:
                 trace["text" if s.kind == "text" else "hovertext"] = list(s.text)
             trace["hoverinfo"] = "x+y"
-            if s.kind == "text":
+            if s.kind == "text" or s.colour == PALE_LINE:
                 trace["hoverinfo"] = "skip"
-            elif s.text:
+            elif s.text or s.trials:
                 trace["hoverinfo"] = "text"
         data.append(trace)
     rules = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x, "layer": "below",
-              "line": {"color": "#999", "width": 1, "dash": "dash"}} for x, _ in panel.rules]  # fmt: skip
+              "line": {"color": PALE_LINE, "width": 1, "dash": "dash"}} for x, _ in panel.rules]  # fmt: skip
     notes = [{"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": escaped(label), "showarrow": False,
-              "font": {"size": 10, "color": "#555"}} for x, label in panel.rules if label]  # fmt: skip
+              "font": {"size": 10, "color": PALE_TEXT}} for x, label in panel.rules if label]  # fmt: skip
     named = any(s.name for s in panel.series)
     layout = {
         "autosize": True,
         "height": panel.height,
         "margin": {"l": 8, "r": 8, "t": 26, "b": 8},
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": DARK},
-        "plot_bgcolor": "#fff",
-        "paper_bgcolor": "#fff",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "paper_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "closest",
+        "hoverlabel": {"align": "left"},
         "showlegend": named,
         "legend": {
             "orientation": "h",
@@ -321,7 +381,7 @@ def _plotly_axis(axis: Axis) -> Tree:
         "gridcolor": "#e6e6e6",
         "nticks": 6,
         "exponentformat": "power",
-        "linecolor": "#999",
+        "linecolor": PALE_LINE,
     }
     if axis.ticks:
         made |= {"tickvals": [x for x, _ in axis.ticks], "showgrid": False}
@@ -357,6 +417,9 @@ def draw_svg(figure: Figure, folder: Path) -> Path:
 
 def _draw_panel(axes: Any, canvas: Any, panel: Panel) -> None:
     axes.set_title(panel.title, parse_math=False)
+    if panel.heat is not None:
+        _draw_heat(axes, panel, panel.heat)
+        return
     if panel.x.log:
         axes.set_xscale("log")
     if panel.y.log:
@@ -375,9 +438,13 @@ def _draw_panel(axes: Any, canvas: Any, panel: Panel) -> None:
     _draw_axis(axes, "x", panel.x)
     _draw_axis(axes, "y", panel.y)
     if any(s.name for s in panel.series):
-        axes.legend(
-            fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
-        )
+        two_lines = any("<br>" in label for _, label in panel.x.ticks)
+        place = (0.5, -0.21 if two_lines else -0.16)
+        axes.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=place, ncols=3)
+
+
+_LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
+"""Plotly's kinds of lines in matplotlib."""
 
 
 def _draw_series(axes: Any, s: Series) -> None:
@@ -389,9 +456,32 @@ def _draw_series(axes: Any, s: Series) -> None:
         for left, height, text in zip(x, y, s.text, strict=True):
             axes.text(left, height, text, ha="center", va="center", fontsize=6, parse_math=False)
     elif s.kind == "points":
-        axes.plot(x, y, "o", markersize=3.5, **how)
+        fill = "none" if s.hollow else s.colour
+        axes.plot(x, y, "o", markersize=3.5, markerfacecolor=fill, **how)
     else:
-        axes.plot(x, y, linewidth=0.6 * s.width, **how)
+        axes.plot(
+            x, y, linewidth=0.6 * s.width, linestyle=":" if s.hollow else _LINES[s.dash], **how
+        )
+
+
+def _draw_heat(axes: Any, panel: Panel, heat: Heat) -> None:
+    """Draw the cells, the first row on top, each with its text."""
+    from matplotlib.patches import Rectangle
+
+    for i, row in enumerate(heat.values):
+        for j, value in enumerate(row):
+            if value is None:
+                continue
+            fill, ink = heat_colours(heat, value)
+            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color=fill, linewidth=0))
+            how = {"color": ink, "ha": "center", "va": "center", "fontsize": 7}
+            axes.text(j, i, heat.texts[i][j], parse_math=False, **how)
+    axes.set_xlim(-0.5, len(heat.across) - 0.5)
+    axes.set_ylim(len(heat.down) - 0.5, -0.5)
+    axes.set_xticks(range(len(heat.across)), heat.across, parse_math=False)
+    axes.set_yticks(range(len(heat.down)), heat.down, parse_math=False)
+    axes.set_xlabel(panel.x.label, parse_math=False)
+    axes.set_ylabel(panel.y.label, parse_math=False)
 
 
 def _draw_axis(axes: Any, name: str, axis: Axis) -> None:

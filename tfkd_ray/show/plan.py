@@ -1,31 +1,38 @@
 """The cost of a sweep before it starts: trials at each rung, epochs, hours, GPU-hours, money, disk.
 
 How many trials pass a rung is an expectation (see `receipt`); `at most` is never exceeded.
+A comparison has a plan, too: runs of each arm, and epochs, none of which is saved.
 """
 
+import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfkd_ray.learn.augment import Augment
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
+from tfkd_ray.space.arms import Arms, runs_of
 from tfkd_ray.space.search_config import Pausing
-from tfkd_ray.space.space import Space
+from tfkd_ray.space.space import Branch, Space
 
+OF_MANY = 100
+"""Trials of each objective of which a plan is made if a budget alone ends the search."""
 PROBE_STEPS = 8
 """Steps of a probe, after one for warming up."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The trials of one objective."""
+    """The trials of one objective, or the runs of one arm."""
 
     objective: str
+    """Its name, or that of the arm."""
     trials: int
     reaching: tuple[tuple[int, float], ...]
     """(epoch, expected number of trials that reach it), for each rung and the last epoch."""
@@ -44,9 +51,13 @@ class Part:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The expected cost of a sweep."""
+    """The expected cost of a sweep, or the cost of a comparison."""
 
     parts: tuple[Part, ...]
+    budgets: dict[str, float] | None
+    """The budgets that end the search, if no number of trials does: the parts are then of `OF_MANY`."""
+    cpus: int
+    """CPUs of one trial, over its workers."""
     teacher_epochs: int
     teacher_s: float | None
     """Seconds for all teachers, one after the other, with the soft labels that they then cache."""
@@ -55,8 +66,13 @@ class SweepPlan:
     """GPUs of one trial, over its workers."""
     disk: int
     """Bytes of weights and checkpoints, those of teachers included."""
+    unlabelled: tuple[float, ...]
+    """Unlabelled images for each labelled one, in steps and soft labels: the ends of a range;
+    none without any."""
     bank: int
     """Most bytes of soft labels in each node's cache."""
+    compares: bool = False
+    """True for a comparison: its parts are arms, and nothing is stopped early."""
 
     @property
     def epochs(self) -> float:
@@ -79,8 +95,9 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             data.
     """
     parts = []
-    for branch, trials in zip(space.branches, shares(space).values(), strict=True):
-        config = branch.example
+    dealt = shares(space, OF_MANY * len(space.branches))
+    for branch, trials in zip(space.branches, dealt.values(), strict=True):
+        config = _with_usual_ratio(branch)
         seconds = _epoch_seconds(config) if probe else None
         memory = (
             _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
@@ -90,17 +107,21 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
         most = trials * space.epochs
         parts.append(Part(branch.objective, trials, come, epochs, most, seconds, memory, least))
     runs = [run for run in space.teacher_runs() if run.weights is None]
-    teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
+    teachers = {run.fingerprint(): _teacher_epochs(run) for run in runs}
     banked = any(any(branch.example.banks) for branch in space.branches)
     teacher_s = None
     if probe:
-        teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs)
+        teacher_s = sum(_epoch_seconds(run) * _teacher_epochs(run) for run in runs)
+        # trials share views, up to the largest ratio
+        labelling = 1 + max(ratio for branch in space.branches for ratio in ratios_of(branch))
         teacher_s += sum(
-            _view_seconds(run) * space.epochs for run in space.teacher_runs() if banked
+            _view_seconds(run) * labelling * _views(run.augment, space.epochs)
+            for run in space.teacher_runs()
+            if banked
         )
     config = space.example
     # a teacher keeps its weights
-    disk = _weights(config) * _copies(space) * space.search.num_samples + sum(
+    disk = _weights(config) * _copies(space) * sum(dealt.values()) + sum(
         _weights(run) for run in space.teacher_runs()
     )
     bank = 0
@@ -109,9 +130,136 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
 
         bank = int(limit())
     gpus = config.workers * config.gpus_per_worker
+    ratios = [ratio for branch in space.branches for ratio in ratios_of(branch)]
     return SweepPlan(
-        tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank
+        tuple(parts),
+        space.search.budgets if space.search.num_samples is None else None,
+        config.workers * config.cpus_per_worker,
+        sum(teachers.values()),
+        teacher_s,
+        config.workers,
+        gpus,
+        disk,
+        tuple(sorted({*ratios} - {0.0})),
+        bank,
     )
+
+
+def ratios_of(branch: Branch) -> list[float]:
+    """Return how many unlabelled images a step takes for each labelled one: all ends and choices."""
+    if branch.example.data.unlabelled is None:
+        return [0.0]
+    for p in branch.parameters:
+        if p.path == ("data", "unlabelled_ratio"):
+            return [float(value) for value in p.domain.probes]
+    return [branch.example.data.unlabelled_ratio]
+
+
+def _with_usual_ratio(branch: Branch) -> TrainConfig:
+    """Return a configuration with the mean of a searched `data.unlabelled_ratio`."""
+    config, ratios = branch.example, ratios_of(branch)
+    if config.data.unlabelled is None:
+        return config
+    update = {"unlabelled_ratio": sum(ratios) / len(ratios)}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def unlabelled_ratio(config: TrainConfig) -> float:
+    """Return how many unlabelled images a step takes for each labelled one."""
+    return 0.0 if config.data.unlabelled is None else config.data.unlabelled_ratio
+
+
+def plan_comparison(
+    compared: Arms,
+    seeds: Sequence[int],
+    *,
+    teacher_per_seed: bool = False,
+    hold_out: bool = False,
+    probe: bool = False,
+) -> SweepPlan:
+    """Plan a comparison with these seeds; `runs_of` explains its options.
+
+    Args:
+        probe: train some steps of each arm, and of each kind of teacher, here; needs the data.
+    """
+    runs = runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
+    parts = []
+    for arm in compared.arms:
+        mine = [run.config for run in runs if run.arm == arm.name]
+        config, epochs = mine[0], sum(one.epochs for one in mine)
+        seconds = _epoch_seconds(config) if probe else None
+        whole = ((config.epochs, float(len(mine))),)
+        parts.append(Part(arm.name, len(mine), whole, epochs, epochs, seconds))
+    made: dict[str, TeacherRun] = {}
+    views: dict[tuple[str, str], tuple[TeacherRun, int]] = {}
+    for config in (run.config for run in runs):
+        for number, teacher in enumerate(config.teacher_runs()):
+            name = teacher.fingerprint()
+            if teacher.weights is None:
+                made[name] = teacher
+            if number < len(config.banks) and config.banks[number]:
+                # arms with the same images share the views of their epochs
+                first = json.dumps(config.augment.key(config.seed, 1), sort_keys=True)
+                _, most = views.get((name, first), (teacher, 0))
+                count = _views(config.augment, config.epochs) * (1 + unlabelled_ratio(config))
+                views[name, first] = teacher, max(most, math.ceil(count))
+    config = compared.example
+    disk = sum(_weights(run.config) for run in runs) + sum(map(_weights, made.values()))
+    ratios = {unlabelled_ratio(run.config) for run in runs} - {0.0}
+    bank = 0
+    if views:
+        from tfkd_ray.learn.soft_labels import limit
+
+        bank = int(limit())
+    return SweepPlan(
+        tuple(parts),
+        None,
+        config.workers * config.cpus_per_worker,
+        sum(map(_teacher_epochs, made.values())),
+        _seconds_of_teachers(made.values(), views.values()) if probe else None,
+        config.workers,
+        config.workers * config.gpus_per_worker,
+        disk,
+        tuple(sorted(ratios)),
+        bank,
+        compares=True,
+    )
+
+
+def _seconds_of_teachers(
+    made: Iterable[TeacherRun], views: Iterable[tuple[TeacherRun, int]]
+) -> float:
+    """Return the seconds to train teachers, and to label views; one of each kind is probed.
+
+    Args:
+        made: the teachers to train.
+        views: teachers, each with its number of views.
+    """
+    seconds, of_epoch, of_view = 0.0, dict[str, float](), dict[str, float]()
+    for run in made:
+        kind = _without_seed(run)
+        if kind not in of_epoch:
+            of_epoch[kind] = _epoch_seconds(run)
+        seconds += of_epoch[kind] * _teacher_epochs(run)
+    for run, count in views:
+        kind = _without_seed(run)
+        if kind not in of_view:
+            of_view[kind] = _view_seconds(run)
+        seconds += of_view[kind] * count
+    return seconds
+
+
+def _without_seed(run: TeacherRun) -> str:
+    return run.model_copy(update={"seed": 0}).fingerprint()
+
+
+def _teacher_epochs(run: TeacherRun) -> int:
+    return run.stop_epoch or run.epochs
+
+
+def _views(augment: Augment, epochs: int) -> int:
+    """Return how many views of the images so many epochs have: one without random augmentation."""
+    return epochs if augment.key(0, 1) != augment.key(0, 2) else 1
 
 
 def slots_here(space: Space) -> int:
@@ -119,15 +267,19 @@ def slots_here(space: Space) -> int:
 
     At least one.
     """
-    config = space.example
+    most = space.search.max_concurrent or space.search.most_trials
+    return run_slots_here(space.example, min(most, space.search.most_trials))
+
+
+def run_slots_here(config: TrainConfig, most: int) -> int:
+    """Return how many of so many runs fit on this machine at a time; at least one."""
     have, take = float(os.cpu_count() or 1), config.workers * config.cpus_per_worker
     fit = have / take
     if config.gpus_per_worker:
         import torch
 
         fit = min(fit, torch.cuda.device_count() / (config.workers * config.gpus_per_worker))
-    most = space.search.max_concurrent or space.search.num_samples
-    return max(1, min(int(fit), most, space.search.num_samples))
+    return max(1, min(int(fit), most))
 
 
 def _copies(space: Space) -> int:
@@ -165,25 +317,53 @@ def lines(
         slots: number of trials at a time.
         gpu_hour_price: price of an hour of one GPU.
     """
+    if found.budgets is not None:
+        ends = ", ".join(f"{value:g} {name}" for name, value in found.budgets.items())
+        yield f"trials until a budget is spent: {ends}"
+        yield f"what follows is of {OF_MANY} trials of each objective"
+    yield from in_columns(_table_of_arms(found) if found.compares else _table_of_trials(found), 80)
+    most = sum(part.most for part in found.parts)
+    if found.compares:
+        yield f"in all {most} epochs of {sum(part.trials for part in found.parts)} runs"
+    else:
+        least = sum(part.least for part in found.parts if part.least is not None)
+        span = f"{found.epochs:.0f} epochs expected, at most {most}"
+        if least:
+            span = f"from {least} epochs (one trial at a time, none failed) to {most}"
+        yield f"in all {span}; without early stopping always {most}"
+    if found.teacher_epochs:
+        yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
+    yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"
+    if found.unlabelled:
+        ends = f"{found.unlabelled[0]:g}"
+        if len(found.unlabelled) > 1:
+            ends += f" to {found.unlabelled[-1]:g}"
+        yield f"unlabelled images: {ends} for each labelled one, in steps and soft labels"
+    if found.bank:
+        yield f"soft labels: at most {_bytes_per_epoch(found.bank)} in each node's cache (TFKD_BANK_GB)"
+    yield from _hours(found, slots, gpu_hour_price)
+
+
+def _table_of_trials(found: SweepPlan) -> list[str]:
     table = ["objective\ttrials\texpected to come to epoch\tepochs\tat most"]
     for part in found.parts:
         reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
         table.append(f"{part.objective}\t{part.trials}\t{reaching}\t{part.epochs:.0f}\t{part.most}")
-    yield from in_columns(table, 80)
-    most = sum(part.most for part in found.parts)
-    least = sum(part.least for part in found.parts if part.least is not None)
-    if least:
-        few = f"from {least} epochs (one trial at a time, none failed) to {most}"
-    else:
-        few = f"{found.epochs:.0f} epochs expected, at most {most}"
-    yield f"in all {few}; without early stopping always {most}"
-    if found.teacher_epochs:
-        yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
-    yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"
-    if found.bank:
-        yield f"soft labels: at most {_bytes_per_epoch(found.bank)} in each node's cache (TFKD_BANK_GB)"
+    return table
+
+
+def _table_of_arms(found: SweepPlan) -> list[str]:
+    table = ["arm\truns\tepochs each\tepochs"]
+    for part in found.parts:
+        table.append(f"{part.objective}\t{part.trials}\t{part.most // part.trials}\t{part.most}")
+    return table
+
+
+def _hours(found: SweepPlan, slots: int, gpu_hour_price: float | None) -> Iterator[str]:
+    """Return the lines of a plan on time, memory and money."""
     if found.seconds is None:
-        yield "hours: not known; --probe trains a few steps of each objective here and says"
+        each = "arm" if found.compares else "objective"
+        yield f"hours: not known; --probe trains a few steps of each {each} here and says"
         return
     for part in found.parts:
         yield f"an epoch of {part.objective}: {part.epoch_s:.3g} s on this machine"
@@ -192,7 +372,9 @@ def lines(
         setting = f"gpus_per_worker={1000 // fit / 1000:g}"
         yield f"GPU memory: a trial takes {max(measured):.0%} of one; {fit} fit on it: {setting}"
     hours = found.seconds / 3600
-    yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
+    one = "run" if found.compares else "trial"
+    yield f"training: {_time(found.seconds)} with one {one} at a time, {_time(found.seconds / slots)} with {slots}"
+    yield from _budget_lines(found, slots)
     if found.gpus:
         money = (
             ""
@@ -204,16 +386,28 @@ def lines(
         )
 
 
+def _budget_lines(found: SweepPlan, slots: int) -> Iterator[str]:
+    """Yield how many trials each budget is expected to be enough for, if they alone end the search."""
+    trials = sum(part.trials for part in found.parts)
+    seconds = sum(part.epochs * (part.epoch_s or 0) for part in found.parts) / trials
+    held = {"time_budget_s": seconds / slots, "gpu_hours": found.gpus * seconds / 3600}
+    held["cpu_hours"] = found.cpus * seconds / 3600
+    for name, limit in (found.budgets or {}).items():
+        if held.get(name):
+            yield f"{limit:g} {name}: about {limit / held[name]:.0f} trials"
+
+
 def _epoch_seconds(config: TrainConfig) -> float:
     """Measure the seconds of an epoch from a few steps on a part of the data.
 
     A teacher that runs in every step is replaced by an untrained one. If its soft labels are
-    cached, the step is one of plain training, and `_view_seconds` measures the labels.
+    cached, the step is one of plain training, and `_view_seconds` measures the labels. An
+    unlabelled image takes as long as a labelled one.
     """
     from tfkd_ray.learn.loop import train
     from tfkd_ray.learn.teacher_input import untrained
 
-    data = config.data.model_copy(
+    data = config.data.labelled.model_copy(
         update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0}
     )
     changes: dict[str, Any] = {
@@ -230,7 +424,8 @@ def _epoch_seconds(config: TrainConfig) -> float:
     train_set, val_set = config.data.load()
     # validation takes about a third of training, and with an average there are two
     share = 1 / 3 if config.ema is None else 2 / 3
-    images = len(train_set) + (len(val_set) if val_set is not None else 0) * share
+    images = len(train_set) * (1 + unlabelled_ratio(config))
+    images += (len(val_set) if val_set is not None else 0) * share
     return images / last.metrics["images_per_s"] / config.workers
 
 
@@ -290,11 +485,13 @@ def resident_bytes(config: TrainConfig) -> int:
     from tfkd_ray.learn.soft_labels import fits
 
     sets = [found for found in config.data.load() if found is not None]
-    count = sum(map(len, sets))
-    images = 0 if config.data.streams else count * math.prod(config.data.shape)
+    labelled = sum(map(len, sets))
+    shown = labelled + (len(config.data.load_unlabelled()) if config.data.unlabelled else 0)
+    images = 0 if config.data.streams else shown * math.prod(config.data.shape)
     if not any(config.banks):
         return images
-    labels = 2 * count * config.data.num_classes * sum(config.banks)
+    count = labelled + len(sets[0]) * unlabelled_ratio(config)
+    labels = 2 * round(count) * config.data.num_classes * sum(config.banks)
     layers = numbers_of(config.ready_objective().teacher_layers)
     return images + labels + (2 * len(sets[0]) * layers if fits(len(sets[0]), layers) else 0)
 

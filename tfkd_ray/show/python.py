@@ -69,15 +69,18 @@ def write_report(
     *,
     figures: Path | str | None = None,
     comparisons: Sequence[Path | str] | None = None,
+    others: Sequence[Path | str] = (),
 ) -> list[Path]:
     """Write the report on a sweep or a comparison; return its files, the page first.
 
     Args:
         experiment: its directory or URL.
         out: the HTML file.
-        figures: a directory for the same figures as SVG; needs matplotlib.
+        figures: a directory for the same figures as SVG, and for heat maps also as CSV and LaTeX;
+            needs matplotlib.
         comparisons: comparisons that confirm the sweep, whose verdicts come first. None: those
             beside it that do.
+        others: other sweeps, which the page shows side by side with it, without verdicts.
 
     Raises:
         ConfigError: if there is no experiment, or a file cannot be written.
@@ -93,7 +96,8 @@ def write_report(
         folder,
         Path(out),
         figures=None if figures is None else Path(figures),
-        comparisons=beside or comparisons_of(folder),
+        comparisons=beside or ([] if others else comparisons_of(folder)),
+        others=[absolute(experiment_of(place).folder) for place in others],
     )
 
 

@@ -32,9 +32,14 @@ Z = 1.645
 # --- planned, used, saved --------------------------------------------------------------------------------------
 
 
-def shares(space: Space) -> dict[str, int]:
-    """Return the trials of each objective if they were dealt out equally."""
+def shares(space: Space, begun: int = 0) -> dict[str, int]:
+    """Return the trials of each objective if they were dealt out equally.
+
+    Args:
+        begun: number of trials to deal out if a budget alone ends the search.
+    """
     trials, n = space.search.num_samples, len(space.branches)
+    trials = begun if trials is None else trials
     return {
         branch.objective: trials // n + (k < trials % n) for k, branch in enumerate(space.branches)
     }
@@ -122,6 +127,8 @@ class Receipt:
     """Epochs that stopped trials skipped."""
     unit: str
     """GPU-hours, or CPU-hours if trials use no GPU."""
+    endless: bool
+    """True if a budget alone ends the search: the plan is then one of the trials that have begun."""
     hours: Mapping[str, float]
     """Hours of each of the above by its name, at each objective's measured seconds an epoch; `used`
     is the measured total."""
@@ -137,9 +144,11 @@ def receipt(space: Space, records: Sequence[Record]) -> Receipt:
         epochs = int(r.last.get("epoch", 0))
         took[r.objective] += epochs
         seconds[r.objective] += sum(m.get("seconds", 0.0) for m in r.metrics)  # type: ignore[assignment]
-        saved[r.objective] += length - epochs if r.status == "stopped" else 0
-    most = {o: n * length for o, n in shares(space).items()}
-    expected = {o: expected_epochs(space, n) for o, n in shares(space).items()}
+        early = r.status == "stopped" and r.reason is None  # not by tfkd stop
+        saved[r.objective] += length - epochs if early else 0
+    dealt = shares(space, len(records))
+    most = {o: n * length for o, n in dealt.items()}
+    expected = {o: expected_epochs(space, n) for o, n in dealt.items()}
     gpus = config["workers"] * config["gpus_per_worker"]
     held = gpus or config["workers"] * config["cpus_per_worker"]
     mean = seconds.total() / took.total() if took.total() else 0.0
@@ -153,6 +162,7 @@ def receipt(space: Space, records: Sequence[Record]) -> Receipt:
 
     return Receipt(
         sum(most.values()), sum(expected.values()), took.total(), saved.total(), "GPU-hours" if gpus else "CPU-hours",
+        space.search.num_samples is None,
         {"most": hours(most), "expected": hours(expected), "used": hours(took), "saved": hours(saved)},
     )  # fmt: skip
 
@@ -163,9 +173,13 @@ def receipt_rows(found: Receipt) -> list[tuple[str, str]]:
     def amount(name: str, epochs: float) -> str:
         return f"{epochs:,.0f} epochs, {found.hours[name]:.2g} {found.unit}"
 
-    share = f" ({100 * found.saved / found.most:.0f} % of the plan)" if found.most else ""
+    whole = "these trials" if found.endless else "the plan"
+    share = f" ({100 * found.saved / found.most:.0f} % of {whole})" if found.most else ""
     return [
-        ("planned, none stopped", amount("most", found.most)),
+        (
+            "begun, none stopped" if found.endless else "planned, none stopped",
+            amount("most", found.most),
+        ),
         ("expected by tfkd plan", amount("expected", found.expected)),
         ("used", amount("used", found.used)),
         ("saved by early stopping", amount("saved", found.saved) + share),

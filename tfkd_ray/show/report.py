@@ -2,7 +2,7 @@
 
 A report is a list of `Section`s, each of HTML and `Figure`s. A figure is data alone; plotly.js
 (from the plotly package, once, in the page) and matplotlib both draw it. To add a figure,
-write a function that returns one, and add it to `_sweep_sections`. A Content-Security-Policy forbids
+write a function that returns one, and add it to `_figures`. A Content-Security-Policy forbids
 the page all network access and foreign scripts; everything read from files is escaped.
 """
 
@@ -20,11 +20,11 @@ from tfkd_ray.learn.objectives import OwnObjective
 from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Sentences, some_of
-from tfkd_ray.settings.files import check_writable, kind_of
+from tfkd_ray.settings.files import check_writable, kind_of, write_text
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, dump_yaml
 from tfkd_ray.show.figures import (
-    COLOURS,
+    FEWEST,
     LUCK,
     Sweep,
     contours,
@@ -32,6 +32,7 @@ from tfkd_ray.show.figures import (
     fidelity,
     importance_section,
     number_text,
+    objective_colour,
     parallel,
     pareto_section,
     read_sweep,
@@ -40,6 +41,7 @@ from tfkd_ray.show.figures import (
     trial_value,
     with_margin,
 )
+from tfkd_ray.show.heat_map import arm_grids, grid_figure, sweep_grids
 from tfkd_ray.show.page import (
     Axis,
     Figure,
@@ -52,9 +54,16 @@ from tfkd_ray.show.page import (
     page_html,
     table_html,
 )
-from tfkd_ray.show.receipt import (
-    receipt,
-    receipt_rows,
+from tfkd_ray.show.page_script import css_colour
+from tfkd_ray.show.receipt import MIN_TRIALS, receipt, receipt_rows
+from tfkd_ray.show.several import (
+    NamedSweep,
+    Rows,
+    best_curves,
+    best_rows,
+    differing_rows,
+    pair_rows,
+    read_several,
 )
 from tfkd_ray.show.status import ExperimentPlan, cut_short, duration, read_lasts, read_plan, status
 from tfkd_ray.space.explain import EXPLAIN_TOLERANCE, amounts_to
@@ -67,6 +76,7 @@ from tfkd_ray.store.experiment import (
     read_judged,
     write_output,
 )
+from tfkd_ray.verdict.limits import is_feasible, limits_text, met_text
 from tfkd_ray.verdict.scores import score_of
 
 MAX_FAILURES = 50
@@ -77,17 +87,28 @@ MAX_FAILURES = 50
 
 @only_reading()
 def report(
-    experiment: Path, out: Path, *, figures: Path | None = None, comparisons: Sequence[Path] = ()
+    experiment: Path,
+    out: Path,
+    *,
+    figures: Path | None = None,
+    comparisons: Sequence[Path] = (),
+    others: Sequence[Path] = (),
 ) -> list[Path]:
     """Write a report on a sweep or a comparison of arms; return its files, the page first.
 
     Args:
         experiment: its directory.
         out: the HTML file.
-        figures: a directory for the same figures as SVG; needs matplotlib.
+        figures: a directory for the same figures as SVG, and for heat maps also as CSV and LaTeX
+            (`grid.csv`, `grid-OBJECTIVE.tex`); needs matplotlib.
         comparisons: directories of comparisons that confirm the sweep; their verdicts come first.
+        others: directories of other sweeps, which the page shows side by side with it.
     """
     plan = read_plan(experiment)
+    if others and comparisons:
+        raise ConfigError(
+            "--confirm: is for the report of one sweep, and several are given", experiment
+        )
     for directory in comparisons:
         if read_plan(directory).kind != "comparison":
             raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
@@ -99,21 +120,68 @@ def report(
     places = [] if kind_of(out) or output_descriptor(out) is not None else [(out.parent, "-o FILE")]
     for folder, option in (*places, *([(figures, "--figures DIR")] if figures else [])):
         check_writable(folder.absolute(), option)
-    if plan.kind == "comparison":
-        sections = list(_comparison_sections(experiment))
-    else:
-        sections = list(_sweep_sections(experiment, plan, comparisons))
+    trials: dict[int, tuple[str, str]] = {}
     name = str(plan.about.get("compared", {}).get("title") or experiment.absolute().name)
-    written = (
-        [out] if write_output(out, page_html(name, _subtitle(experiment, plan), sections)) else []
+    if others:
+        several = read_several([experiment, *others])
+        for one in several:
+            trials |= _hovers(one.sweep, f"{one.name}: ")
+        name = ", ".join(one.name for one in several)
+        subtitle = (
+            f"{len(several)} sweeps side by side; report of {time.strftime('%Y-%m-%d %H:%M')}"
+        )
+        sections = list(_sections_of_several(several))
+    elif plan.kind == "comparison":
+        subtitle, sections = _subtitle(experiment, plan), list(_comparison_sections(experiment))
+    else:
+        sweep = read_sweep(experiment, plan)
+        subtitle, trials = _subtitle(experiment, plan), _hovers(sweep)
+        sections = list(_sweep_sections(sweep, experiment, comparisons))
+    page = page_html(name, subtitle, sections, trials)
+    written = [out] if write_output(out, page) else []
+    if figures is not None:
+        for section in sections:
+            for part in section.parts:
+                if isinstance(part, Figure) and part.panels:
+                    written += _write_figure(part, figures)
+    return written
+
+
+def _hovers(sweep: Sweep, before: str = "") -> dict[int, tuple[str, str]]:
+    """Return the name of each trial, and what hovering shows of it, by number."""
+    return {r.number: (before + r.name, escaped(before) + sweep.hover(r)) for r in sweep.records}
+
+
+def _sections_of_several(several: Sequence[NamedSweep]) -> Iterator[Section]:
+    metric = score_of(several[0].sweep.metric).title
+    text = (
+        f"<p>The value is the {escaped(metric)} after the last epoch. The best of many trials looks better than it "
+        "is, so this is not a verdict.</p>"
     )
-    drawn = [
-        part
-        for section in sections
-        for part in section.parts
-        if isinstance(part, Figure) and part.panels
-    ]
-    return [*written, *(draw_svg(figure, figures) for figure in drawn if figures is not None)]
+    yield Section("Best of each", [text, _table_of(best_rows(several))])
+    yield Section("All trials", [_trials_table(several)])
+    differing, pairs = differing_rows(several), pair_rows(several)
+    yield Section(
+        "Settings that differ", [_table_of(differing) if differing[1:] else "<p>None.</p>"]
+    )
+    if pairs[1:]:
+        text = "<p>Pairs are trials with the same objective, searched settings and seed.</p>"
+        yield Section("Paired differences", [text, _table_of(pairs)])
+    curved = best_curves(several)
+    if curved.panels:
+        yield Section("Training", [curved])
+
+
+def _table_of(rows: Rows) -> str:
+    return table_html(rows[0], rows[1:])
+
+
+def _write_figure(figure: Figure, folder: Path) -> Iterator[Path]:
+    """Write a figure as SVG, and its numbers as they are asked for; yield the files."""
+    yield draw_svg(figure, folder)
+    for name, text in figure.files.items():
+        write_text(folder / name, text)
+        yield folder / name
 
 
 def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
@@ -126,29 +194,69 @@ def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
         if s["trials"][key]
     )  # fmt: skip
     made = f"{plan.created[:16].replace('T', ' ')}; report of {time.strftime('%Y-%m-%d %H:%M')}"
-    ran = f"{s['trials']['planned']:,} {'runs' if plan.kind == 'comparison' else 'trials'} planned"
+    ran = f"{'runs' if plan.kind == 'comparison' else 'trials'}: {_planned(plan)}"
     name = f"{experiment.absolute().name}: " if plan.kind == "comparison" else ""
     return f"{name}{what}, {s['state']}; {ran}{': ' + counts if counts else ''}; begun {made}"
 
 
+def _planned(plan: ExperimentPlan) -> str:
+    return "until a budget is spent" if plan.trials is None else f"{plan.trials:,} planned"
+
+
 def _sweep_sections(
-    experiment: Path, plan: ExperimentPlan, comparisons: Sequence[Path]
+    sweep: Sweep, experiment: Path, comparisons: Sequence[Path]
 ) -> Iterator[Section]:
-    sweep = read_sweep(experiment, plan)
     yield _verdict_section(sweep, comparisons)
+    if sweep.records:
+        yield Section("All trials", [_trials_table([NamedSweep("", sweep)])])
     yield Section("Best configurations", [_best_table(sweep)])
     if sweep.records:
-        yield Section(
-            "How settings and values go together", [parallel(sweep), slices(sweep), contours(sweep)]
-        )
-        yield Section("Which settings matter", [importance_section(sweep)])
-        yield Section("Training", [curves(sweep), pareto_section(sweep), fidelity(sweep)])
+        yield from _figures(sweep)
     yield Section("Receipt", [_receipt(sweep)])
     yield Section("Failures", [_failures(sweep)])
     for directory in comparisons:
+        name = directory.absolute().name
         for section in _comparison_sections(directory, inside=True):
-            yield replace(section, title=f"{directory.absolute().name}: {section.title}")
-    yield Section("How to reproduce", list(_reproduce(plan, experiment)))
+            parts = section.parts
+            if len(comparisons) > 1:  # each has figures of the same names
+                parts = [_renamed(part, name) for part in parts]
+            yield Section(f"{name}: {section.title}", parts)
+    yield Section("How to reproduce", list(_reproduce(sweep.plan, experiment)))
+
+
+def _renamed(part: str | Figure, name: str) -> str | Figure:
+    """Return a figure whose files begin with a comparison's name."""
+    if isinstance(part, str):
+        return part
+    files = {f"{name}-{file}": text for file, text in part.files.items()}
+    return replace(part, key=f"{name}-{part.key}", files=files)
+
+
+def _figures(sweep: Sweep) -> Iterator[Section]:
+    """Yield the sections of figures, without empty ones; the last says what too few trials leave open."""
+    together = [
+        grid_figure(sweep_grids(sweep)),
+        parallel(sweep),
+        slices(sweep),
+        contours(sweep),
+    ]
+    found = {
+        "How settings and values go together": together,
+        "Which settings matter": [importance_section(sweep)],
+        "Training": [curves(sweep), pareto_section(sweep), fidelity(sweep)],
+    }
+    lacking = [f.lacking for figures in found.values() for f in figures if f.lacking]
+    drawn = {title: [f for f in figures if f.panels] for title, figures in found.items()}
+    for title, figures in drawn.items():
+        parts: list[str | Figure] = list(figures)
+        if title == "Training" and lacking:
+            open_questions = escaped("; ".join(lacking))
+            parts.append(
+                f'<p class="sub">Too few to tell ({FEWEST} trials at one epoch are needed, and for the rungs '
+                f"{MIN_TRIALS} of full length): {open_questions}.</p>"
+            )
+        if parts:
+            yield Section(title, parts)
 
 
 def _verdict_section(sweep: Sweep, comparisons: Sequence[Path]) -> Section:
@@ -179,6 +287,12 @@ def _not_a_verdict(sweep: Sweep) -> str:
     first, *rest = sweep.ranked(sweep.full)
     ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
+    if sweep.limits:
+        shared += (
+            f" Constraints: {limits_text(sweep.limits)}; it {met_text(sweep.limits, first.last)}."
+        )
+        if not is_feasible(sweep.limits, first.last):
+            shared += " No trial of full length meets them: it is the best of those that do not."
     return (
         f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} "
         f"This is not a verdict: it is the best of {n} on validation, and {LUCK}. "
@@ -188,6 +302,91 @@ def _not_a_verdict(sweep: Sweep) -> str:
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
+
+_ORDER = {"done": 0, "failed": 2}
+"""Trials of full length first in the table, then those below it, then failed ones."""
+
+
+def _trials_table(several: Sequence[NamedSweep]) -> str:
+    """Return a table of all trials, best first, which the page sorts and filters."""
+    sweep = several[0].sweep
+    sign = -1 if sweep.plan.mode == "max" else 1
+    columns: dict[str, list[str]] = {}
+    rows = []
+    for one in several:
+        for head, names in _setting_columns(one.sweep).items():
+            columns[head] = list(dict.fromkeys([*columns.get(head, []), *names]))
+        ranks = {r.number: k for k, r in enumerate(one.sweep.ranked(one.sweep.records))}
+        for record in one.sweep.records:
+            epoch, value = one.sweep.shown(record)
+            value = sign * value if math.isfinite(value) else math.inf
+            full = record.status == "done"
+            rank = ranks.get(record.number, math.inf) if len(several) == 1 else 0
+            place = (_ORDER.get(record.status, 1), rank, 0 if full else -epoch, value)
+            rows.append((place, record.number, one, record))
+    first = ["trial", "experiment"] if len(several) > 1 else ["trial"]
+    unit = f"value, {score_of(sweep.metric).unit}"
+    heads = [*first, "objective", "status", "epochs", unit, *columns]
+    body = "".join(
+        _trial_row(one, record, heads, list(columns.values())) for *_, one, record in sorted(rows)
+    )
+    top = "".join(f'<th scope="col">{escaped(head)}</th>' for head in heads)
+    return (
+        f"<p>The value is the {escaped(score_of(sweep.metric).title)}: after the last epoch, and below full length "
+        "(circle) after the last rung. Click on a trial here, or on a point or line below, to mark it in "
+        "all views.</p>\n"
+        '<div class="controls" hidden><input id="filter" type="search" aria-label="filter" '
+        'placeholder="filter: words, or lr&lt;0.1 status=done">'
+        '<select id="order" aria-label="order"><option value="">best first</option></select>'
+        '<label><input id="only" type="checkbox" style="flex:none"> marked only</label>'
+        '<output id="left"></output></div>\n'
+        f'<div class="wide tall"><table class="rows trials"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>\n"
+    )
+
+
+def _setting_columns(sweep: Sweep) -> dict[str, list[str]]:
+    """Return the searched settings of all trials by full name, by the name of their column.
+
+    The objectives' own settings of one name share a column; other settings have one each.
+    """
+    found: dict[str, list[str]] = {}
+    for p in sweep.space.parameters:
+        head = short_name(p.name)
+        shared = all(name.startswith("objective.") for name in (p.name, *found.get(head, [])))
+        found.setdefault(head if shared or head not in found else p.name, []).append(p.name)
+    return found
+
+
+def _trial_row(
+    one: NamedSweep, record: Record, heads: Sequence[str], columns: Sequence[Sequence[str]]
+) -> str:
+    sweep = one.sweep
+    epoch, value = sweep.shown(record)
+    full = record.status == "done"
+    kind = "dot full" if full else "dot"
+    colour = css_colour(sweep.colour(record.objective))
+    dot = f'<span class="{kind}" style="color:{colour}"></span>'
+    number, shown = "", ""
+    if math.isfinite(value):
+        number = f"{value:.6g}"
+        shown = f"{value:.2f}" if score_of(sweep.metric).unit == "%" else f"{value:.4f}"
+        shown += f" at epoch {epoch}" if epoch < sweep.space.epochs else ""
+    epochs = f"{record.last.get('epoch', 0):.0f}"
+    before = [one.name] if "experiment" in heads else []
+    texts = [*before, record.objective, record.status, epochs, shown]
+    exact = [*before, record.objective, record.status, epochs, number]
+    for names in columns:
+        here = [record.parameters[name] for name in names if name in record.parameters]
+        texts.append(number_text(here[0]) if here else "")
+        exact.append(str(here[0]) if here else "")
+    cells = "".join(
+        f'<td data-label="{escaped(head)}" data-value="{escaped(value)}">{escaped(text)}</td>'
+        for head, value, text in zip(heads[1:], exact, texts, strict=True)
+    )
+    row_kind = "" if full else ' class="hollow"'
+    first = f"<td>{dot}{escaped(record.name)}</td>"
+    return f'<tr data-trials="{record.number}"{row_kind}>{first}{cells}</tr>\n'
 
 
 def _best_table(sweep: Sweep) -> str:
@@ -204,6 +403,8 @@ def _best_table(sweep: Sweep) -> str:
             [record.objective + part, record.name, trial_value(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
              settings, _equivalence(record)]
         )  # fmt: skip
+        if sweep.limits:
+            rows[-1].append(met_text(sweep.limits, record.last))
     none = [o for o in sweep.plan.rows if not sweep.full_of(o)]
     text = f"<p>No trial of full length yet: {escaped(', '.join(none))}.</p>" if none else ""
     if not rows:
@@ -217,6 +418,8 @@ def _best_table(sweep: Sweep) -> str:
         "searched settings",
         "its loss",
     ]
+    if sweep.limits:
+        head.append(f"constraints: {limits_text(sweep.limits)}")
     start = (
         "<p>The best trial of each objective, by its value after the last epoch; trials that were stopped early cannot "
         "be best.</p>"
@@ -248,8 +451,13 @@ def _equivalence(record: Record) -> str:
 def _receipt(sweep: Sweep) -> str:
     seconds = sum(m.get("seconds", 0.0) for r in sweep.records for m in r.metrics)
     count = Counter(r.status for r in sweep.records)
-    trials = f"{sweep.plan.trials:,} planned, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    trials = (
+        f"{_planned(sweep.plan)}, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    )
     rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
+    by_hand = [r.name for r in sweep.records if r.status == "stopped" and r.reason]
+    if by_hand:
+        rows.append(["stopped for another reason", some_of(by_hand, 10)])
     time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
     return table_html(["", ""], [*rows, ["time inside the training loop", time]])
 
@@ -319,10 +527,9 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
             *(note for found in judged["verdicts"] for note in found["notes"]),
         ]
         listed = "".join(f"<li>{escaped(note)}</li>" for note in notes)
-        yield Section(
-            "Arms",
-            [_arms_table(judged), *_arm_figures(judged), f"<ul>{listed}</ul>" if notes else ""],
-        )
+        heat = grid_figure(arm_grids(judged), "grid-of-arms")
+        drawn = [*([heat] if heat.panels else []), *_arm_figures(judged)]
+        yield Section("Arms", [_arms_table(judged), *drawn, f"<ul>{listed}</ul>" if notes else ""])
         if judged["verdicts"]:
             yield Section(
                 "Candidates against baselines", [*_lead_figures(judged), _leads_table(judged)]
@@ -423,10 +630,20 @@ def _bars_of(intervals: Sequence[tuple[float | None, float | None]], scale: floa
     return Series("lines", x, y, width=3)
 
 
+def _arm_colours(judged: Tree) -> dict[str, str]:
+    """Return the colour of each arm: that of its objective."""
+    named = {
+        arm["name"]: str(own_code.shown_name(arm["objective"]) or arm["objective"]["name"])
+        for arm in judged["arms"]
+    }
+    objectives = list(dict.fromkeys(named.values()))
+    return {name: objective_colour(objective, objectives) for name, objective in named.items()}
+
+
 def _arm_figures(judged: Tree) -> Iterator[Figure]:
     from tfkd_ray.verdict.verdict import over_seeds
 
-    panels = []
+    panels, colours = [], _arm_colours(judged)
     for student in dict.fromkeys(arm["student"] for arm in judged["arms"]):
         arms = [
             a
@@ -435,26 +652,29 @@ def _arm_figures(judged: Tree) -> Iterator[Figure]:
         ]
         if not arms:
             continue
-        x, y, text = [], [], []
+        all_x: list[float] = []
+        dots = []
         for row, arm in enumerate(reversed(arms)):
             runs = [run for run in arm["runs"] if "accuracy" in run]
-            x += [100 * run["accuracy"] for run in runs]
-            y += [float(row)] * len(runs)
-            text += [
+            x = [100 * run["accuracy"] for run in runs]
+            all_x += x
+            text = [
                 f"{escaped(arm['name'])}, seed {run['seed']}: {100 * run['accuracy']:.2f} %"
                 for run in runs
             ]
+            dots.append(Series("points", x, [float(row)] * len(runs), "", colours[arm["name"]],
+                               text, opacity=0.8))  # fmt: skip
         found = [over_seeds(arm) for arm in reversed(arms)]
         bars = _bars_of([(s.low, s.high) for s in found])
         ticks = tuple((float(i), arm["name"]) for i, arm in enumerate(reversed(arms)))
         series = [
-            Series("points", x, y, "a seed", "#7A9CC6", text, opacity=0.6),
             replace(bars, name="95 % of the mean"),
+            *dots,
             Series("points", [s.mean for s in found], [i for i, _ in ticks], "mean"),
         ]
         rows = Axis("", ticks=ticks, span=(-0.6, len(arms) - 0.4))
         title, height = f"student {student}", 150 + 26 * len(arms)
-        all_x = [*x, *(v for v in bars.x if v is not None)]
+        all_x += [v for v in bars.x if v is not None]
         panels.append(
             Panel(
                 title,
@@ -466,8 +686,8 @@ def _arm_figures(judged: Tree) -> Iterator[Figure]:
         )
     if panels:
         sentence = (
-            "Each pale point is one run with its own seed; the dark point is the mean, and the bar its 95 % interval "
-            "over seeds."
+            "Each point in colour is one run with its own seed; the other point is the mean, and the bar its 95 % "
+            "interval over seeds."
         )
         yield Figure("arms", "Test accuracy of the arms", sentence, panels)
 
@@ -481,12 +701,12 @@ def _lead_figures(judged: Tree) -> Iterator[Figure]:
         leads = [scale * p["lead"] for _, p in pairs]
         all_x = [0.0, *(x for x in bars.x if x is not None), *leads]
         ticks = tuple((float(i), f"{name} over {p['over']}") for i, (name, p) in enumerate(pairs))
-        points = Series("points", leads, [i for i, _ in ticks], "mean lead", COLOURS[0])
+        points = Series("points", leads, [i for i, _ in ticks], "mean lead")
         margin = found["metric"]["margin"]
         unit = "points" if found["metric"]["percent"] else "own unit"
         x = Axis(f"lead in {found['metric']['name']}, {unit}", span=with_margin(all_x))
         y = Axis("", ticks=ticks, span=(-0.6, len(pairs) - 0.4))
-        bars = replace(bars, name="95 % over seeds", colour=COLOURS[0])
+        bars = replace(bars, name="95 % over seeds")
         rules = [(0.0, ""), (scale * margin, f"{scale * margin:g}")]
         panels.append(
             Panel(

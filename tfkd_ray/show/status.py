@@ -25,7 +25,7 @@ from typing import Any
 
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.columns import fitted, in_columns, on_one_line, wrapped
-from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, some_of
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.store.experiment import (
@@ -46,9 +46,18 @@ from tfkd_ray.store.experiment import (
     read_metrics,
     read_spent,
     read_text,
+    stop_requests,
     trial_folders,
 )
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import (
+    NO_LIMITS,
+    Limits,
+    as_limits,
+    is_feasible,
+    limits_text,
+    met_text,
+)
 
 QUIET_S = 600.0
 """Seconds without a changed file after which a sweep on another host counts as ended."""
@@ -74,7 +83,8 @@ class ExperimentPlan:
     created: str
     rows: dict[str, int]
     """Epochs of a trial of full length, by objective; by arm in a comparison."""
-    trials: int
+    trials: int | None
+    """Number of trials. None: a budget alone ends the sweep."""
     metric: str | None
     """Metric whose last epoch gives a trial's value. None: a comparison, which is judged on the
     test split."""
@@ -88,17 +98,31 @@ class ExperimentPlan:
         return [self.metric, *more] if self.metric else []
 
     @property
+    def limits(self) -> Limits:
+        """Constraints that the best trial should meet."""
+        if self.kind != "sweep":
+            return NO_LIMITS
+        return as_limits(self.about["space"]["search"].get("constraints"))
+
+    @property
     def mode(self) -> str:
         """Direction of the metric."""
         return scores.score_of(self.metric or "train_loss").direction
 
     @property
-    def epochs(self) -> int:
-        """Epochs of all trials if each ran its full length; rows share the trials equally."""
+    def epochs(self) -> int | None:
+        """Epochs of all trials if each ran its full length; rows share the trials equally.
+
+        None if the number of trials is not known.
+        """
+        if self.trials is None:
+            return None
         return round(self.trials * statistics.fmean(self.rows.values()))
 
     def not_begun(self, begun: Mapping[str, int]) -> list[int]:
         """Return the full lengths of the trials still to begin; `begun` counts the others."""
+        if self.trials is None:
+            return []
         if self.kind == "sweep":
             return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
         seeds = self.trials // max(1, len(self.rows))
@@ -133,7 +157,9 @@ def read_plan(experiment: Path) -> ExperimentPlan:
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
         rows = {str(own_code.shown_name(o) or o["name"]): int(space["epochs"]) for o in given}
         metric = scores.score_of(str(search["metric"])).key
-        trials = int(search["num_samples"])
+        samples = search["num_samples"]
+        trials = None if samples is None else int(samples)
+        as_limits(search.get("constraints"))  # raises here, where damage is told
         return ExperimentPlan("sweep", str(about["created"]), rows, trials, metric, about)
 
 
@@ -298,20 +324,24 @@ def status(experiment: Path) -> Tree:
     name, kind (sweep, comparison), preset, created
     state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
     metric, mode  of a trial's value; metric is null in a comparison
-    trials        planned, started, and the number running, done (full length), stopped (early), failed, interrupted,
-                  paused (may go on)
+    trials        planned (null: until a budget is spent), started, and the number running, done (full length),
+                  stopped (early), failed, interrupted, paused (may go on)
     rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
-    best          trial, objective, value, and how many trials share the value; null before one is of full length
+    constraints   of a sweep: in words; empty without any
+    best          trial, objective, value, how many trials share the value, and whether it meets the constraints
+                  (`feasible`); null before a trial is of full length
     ahead         before one is of full length, and trials pause: trial, objective, value, epoch of the best at the
                   highest rung; else null
     baselines     the best of ce and of lsr, if they are searched
     verdict       of a comparison: its sentences, one for each student; empty before it is judged
-    epochs        done, planned (all trials of full length)
+    epochs        done, planned (all trials of full length; null: until a budget is spent)
     elapsed_s     from its creation until now, or until its last change, pauses included
     ran_s         seconds that drivers ran its trials, all sessions together, without pauses; null in a comparison
     rate          epochs_per_s of all trials together in this session; null if not running
     left_s        estimate: at each epoch the same share is stopped as so far; null if not running
     failures      the last three: trial, reason (first line)
+    stopped       trials that were stopped for another reason than early stopping: trial, reason
+    stopping      what `tfkd stop` has asked of the driver that runs: names of trials, or `sweep`
     gone          names of the study's trials whose folders are gone
     """
     plan = read_plan(experiment)
@@ -320,7 +350,10 @@ def status(experiment: Path) -> Tree:
     counts = Counter(r.status for r in records)
     over = counts["done"] + counts["stopped"] + counts["failed"]
     verdict = _verdict_of(experiment)
-    finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
+    if plan.trials is None:
+        finished = not alive and _is_spent(plan, experiment)
+    else:
+        finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
     done_epochs = sum(epoch_of(r) for r in records)
     now = time.time()
     state = "interrupted"
@@ -345,6 +378,7 @@ def status(experiment: Path) -> Tree:
             **{s: counts[s] for s in STATUSES},
         },
         "rows": rows,
+        "constraints": limits_text(plan.limits),
         "best": _best_trials(records, plan),
         "ahead": _ahead(records, plan),
         "baselines": {name: rows[name]["best"] for name in BASELINES if sweep and name in rows},
@@ -357,8 +391,27 @@ def status(experiment: Path) -> Tree:
         "rate": rate,
         "left_s": _left(plan, records, rate),
         "failures": _last_failures(records),
+        "stopped": [
+            {"trial": r.name, "reason": first_line(r.reason)}
+            for r in records
+            if r.status == "stopped" and r.reason
+        ],
+        "stopping": sorted(stop_requests(experiment)) if state == "running" else [],
         "gone": gone_trials(experiment) if sweep else [],
     }
+
+
+def _is_spent(plan: ExperimentPlan, experiment: Path) -> bool:
+    """Return whether a budget of time of a sweep is spent, as far as its drivers have counted."""
+    space, counted = plan.about["space"], read_spent(experiment)
+    hours = counted["trial_seconds"] / 3600 * space["workers"]
+    used = {
+        "time_budget_s": counted["seconds"],
+        "gpu_hours": hours * space["gpus_per_worker"],
+        "cpu_hours": hours * space["cpus_per_worker"],
+    }
+    limits = {name: space["search"].get(name) for name in used}
+    return any(limit is not None and used[name] >= limit for name, limit in limits.items())
 
 
 def _last_failures(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -397,7 +450,7 @@ def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
             "a comparison of arms has no best trial; its verdict is in confirm.json", experiment
         )
     records = read_lasts(experiment)
-    winner = best(records, plan.metric)
+    winner = best(records, plan.metric, plan.limits)
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
     return winner, plan
@@ -410,10 +463,12 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
     trials    number of trials begun
     best      trial, objective, values by metric, parameters, config: of the best trial; with
               several metrics, of each trial that no other beats in all of them, the best in the
-              first metric first
+              first metric first; `feasible`: whether it meets the constraints
+    constraints   of the space, in words; empty without any
     """
     return {
         "metrics": plan.metrics,
+        "constraints": limits_text(plan.limits),
         "trials": trials,
         "best": [
             {
@@ -422,6 +477,8 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
                 "values": {m: r.last[m] for m in plan.metrics},
                 "parameters": r.parameters,
                 "config": r.config,
+                "feasible": is_feasible(plan.limits, r.last),
+                "limited": met_text(plan.limits, r.last),
             }
             for r in front
         ],
@@ -431,10 +488,18 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
 def best_lines(found: Tree, experiment: Path) -> list[str]:
     """Return the result of `front_of` as lines; with several metrics as a table."""
     metrics, best = found["metrics"], found["best"]
+    limited = []
+    if found["constraints"]:
+        limited.append(f"constraints: {found['constraints']}; it {best[0]['limited']}")
+        if not best[0]["feasible"]:
+            limited.append(
+                "no trial of full length meets them: it is the best of those that do not"
+            )
     if len(metrics) == 1:
         value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
         return [
-            f"{best[0]['trial']} of {_shown_name(experiment)}: {value}, the best of {found['trials']} on validation"
+            f"{best[0]['trial']} of {_shown_name(experiment)}: {value}, the best of {found['trials']} on validation",
+            *limited,
         ]
     title = (
         f"{_shown_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats "
@@ -444,7 +509,7 @@ def best_lines(found: Tree, experiment: Path) -> list[str]:
         values = (_front_value(entry["values"][metric]) for metric in metrics)
         rows.append("\t".join([on_one_line(entry["trial"]), *values]))
     lines = [f"{title}on validation in all of", *in_columns(rows, TERMINAL_WIDTH)]
-    return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
+    return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}", *limited]
 
 
 def _front_value(value: float) -> str:
@@ -476,7 +541,7 @@ def cut_short(text: str) -> str:
 def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
     if plan.metric is None:
         return None
-    judged = ranked_trials(records, plan.metric)
+    judged = ranked_trials(records, plan.metric, plan.limits)
     if not judged:
         return None
     winner, value = judged[0], judged[0].last[plan.metric]
@@ -486,6 +551,7 @@ def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None
         "objective": winner.objective,
         "value": value,
         "shared_by": shared,
+        "feasible": is_feasible(plan.limits, winner.last),
     }
 
 
@@ -547,7 +613,7 @@ def _ahead(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
 
 
 def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -> float | None:
-    if not rate:
+    if not rate or plan.trials is None:
         return None
     runs = [(epoch_of(r), int(r.config.get("epochs", 0)), r.status) for r in records]
     return epochs_left(runs, plan.not_begun(Counter(plan.row(r) for r in records))) / rate
@@ -603,8 +669,8 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     """Return a status as lines of at most `width` columns."""
     trials, epochs = found["trials"], found["epochs"]
     over = sum(trials[s] for s in ("done", "stopped", "failed"))
-    tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
-    tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
+    tail = f": {found['state']}, {over:,}{_out_of(trials['planned'])} trials, "
+    tail += f"{epochs['done']:,}{_out_of(epochs['planned'])} epochs"
     lines = [fitted(found["name"], max(8, width - len(tail))) + tail, ""]
     if found["preset"]:
         lines.insert(
@@ -616,9 +682,18 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     times = _time_parts(found)
     lines += [", ".join(times)] if times else []
     lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
+    lines += [f"stopped: {f['trial']}: {f['reason']}" for f in found["stopped"][-3:]]
+    if more := len(found["stopped"]) - 3:
+        lines += [f"and {more} more for such a reason"] if more > 0 else []
+    if found["stopping"]:
+        lines.append(f"asked by tfkd stop to stop: {some_of(found['stopping'])}")
     if found["gone"]:
         lines += wrapped(gone_sentence(found["gone"]), width)
     return [fitted(line.rstrip(), width) for line in lines]
+
+
+def _out_of(planned: int | None) -> str:
+    return "" if planned is None else f" of {planned:,}"
 
 
 def _table_rows(found: Tree) -> Sentences:
@@ -640,6 +715,9 @@ def _best_trial_lines(found: Tree) -> Sentences:
     if best:
         ties = f", shared by {best['shared_by']} trials" if best["shared_by"] > 1 else ""
         yield f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}"
+        if found["constraints"]:
+            meets = "meets" if best["feasible"] else "no trial meets"
+            yield from wrapped(f"{meets} the constraints: {found['constraints']}")
         for name, rival in found["baselines"].items():
             if rival is not None and rival["trial"] != best["trial"]:
                 yield f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}"
@@ -686,7 +764,7 @@ def key_of(row: Row, field: str) -> str | None:
     return field if field in row else next((key for key in row if key.endswith(f".{field}")), None)
 
 
-TEXTS = ("trial", "objective", "status", "reason", "arm")
+TEXTS = ("experiment", "trial", "objective", "status", "reason", "arm")
 """Fields that are always text."""
 
 
@@ -795,7 +873,9 @@ def ls_lines(found: Sequence[Tree], width: int = TERMINAL_WIDTH) -> list[str]:
     rows = ["experiment\tcreated\tstate\tended\tbest"]
     for entry in found:
         created = fitted((entry["created"] or "")[:16].replace("T", " "), 16)
-        ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
+        ended = "" if entry["ended"] is None else str(entry["ended"])
+        if entry["trials"] is not None:
+            ended += f"/{entry['trials']}"
         best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
         best = on_one_line(best) or (arms if entry["kind"] == "comparison" else "")

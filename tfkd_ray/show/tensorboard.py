@@ -14,6 +14,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml, leaves_of
 from tfkd_ray.show.listener import OwnCallback
+from tfkd_ray.show.status import read_lasts
 from tfkd_ray.space.arms import Arm, read_comparison
 from tfkd_ray.space.plain import PlainSpace
-from tfkd_ray.space.ranges import Choices
-from tfkd_ray.space.space import Parameter, Searched, Space, build_space
+from tfkd_ray.space.ranges import Choices, Domain
+from tfkd_ray.space.space import Parameter, Searched, Space, build_space, without_unlabelled
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import FULL_LENGTH, as_number, read_experiment, trials_folder
 from tfkd_ray.verdict.calibration import BINS, binned, calibration_error
@@ -57,6 +59,7 @@ TAGS = {
     **{row.key: row.tag for row in SCORES.values() if row.tag is not None},
     "train_ce": "train/loss_ce",
     "train_kd": "train/loss_kd",
+    "train_kd_unlabelled": "train/loss_kd_unlabelled",
     "val_teacher_kl": "kd/kl",
     "train_kd_ratio": "kd/grad_ratio",
     "lr": "opt/lr",
@@ -112,7 +115,7 @@ class TensorBoard(OwnCallback):
             metrics = _metrics(self._space)
             about = _about_experiment(self._space, self._columns, self._folder.parent)
             texts = [_layout(_charts([self._space])), _text_summary("experiment", about)]
-        columns = _experiment(_hparam_columns(self._space), metrics)
+        columns = _experiment(_columns_of(self._space, self._folder.parent), metrics)
         _write(self._folder, *texts, columns, suffix=".space")
 
     def on_start(self, trial: Any, last: Values) -> None:
@@ -324,7 +327,7 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
             metrics.setdefault(VALUE, "accuracy")
         else:
             space = build_space(read_experiment(experiment)["space"], experiment)
-            found = _hparam_columns(space)
+            found = _columns_of(space, experiment)
             metrics |= _metrics(space)
             spaces.append(space)
         for column in found:
@@ -359,8 +362,9 @@ def _common(one: HParamInfo, other: HParamInfo) -> HParamInfo:
 def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path) -> str:
     """Return what is searched and by what command, in Markdown."""
     search = space.search
+    many = "" if search.num_samples is None else f"{search.num_samples} "
     lines = [
-        f"**{experiment.name}**: {search.num_samples} trials of {space.epochs} epochs, proposed by {search.sampler}, "
+        f"**{experiment.name}**: {many}trials of {space.epochs} epochs, proposed by {search.sampler}, "
         f"stopped by {search.stopping.name}. Value of a trial (`{VALUE}`): {search.metric} after its last epoch, on "
         "validation."
     ]
@@ -384,7 +388,7 @@ def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path
 def _plain_training(config: Values) -> TrainConfig:
     """Return the baseline of a trial: cross-entropy with the defaults, same data, same student."""
     same = {k: config[k] for k in ("recipe", "data", "student") if k in config}
-    return TrainConfig.model_validate({**same, "objective": "ce"})
+    return TrainConfig.model_validate({**without_unlabelled(same), "objective": "ce"})
 
 
 def _change(plain: TrainConfig, config: Values) -> str:
@@ -703,11 +707,39 @@ def _metrics(space: Space) -> dict[str, str]:
     return {VALUE: space.search.metric, **more, EPOCHS: "epochs"}
 
 
-def _hparam_columns(space: Searched) -> list[HParamInfo]:
+def _columns_of(space: Searched, experiment: Path) -> list[HParamInfo]:
+    """Return the columns of an experiment, with the values of all its trials.
+
+    A sweep that went on in a narrower space has trials outside of it.
+    """
+    if "@" not in (space.search.study or ""):
+        return _hparam_columns(space)
+    records = read_lasts(experiment, alive=True)
+    earlier = [{"objective": record.objective, **record.parameters} for record in records]
+    return _hparam_columns(space, earlier)
+
+
+def _holding(domain: Domain, values: Iterable[Any]) -> Domain:
+    """Return a range or list that holds these values, too."""
+    if isinstance(domain, Choices):
+        more = [value for value in values if value not in domain.values]
+        return Choices((*domain.values, *(v for k, v in enumerate(more) if v not in more[:k])))
+    numbers = [as_number(value) for value in values]
+    found = [number for number in numbers if number is not None]
+    return replace(domain, low=min([domain.low, *found]), high=max([domain.high, *found]))
+
+
+def _hparam_columns(space: Searched, trials: Sequence[Values] = ()) -> list[HParamInfo]:
+    """Return the columns of a space; each holds the values of these trials, too."""
     names = short_names(space.parameters)
     objectives = [b.objective for b in space.branches]
-    columns = [_column("objective", Choices(tuple(objectives)))] if len(objectives) > 1 else []
-    return columns + [_column(names[p.name], p.domain) for p in space.parameters]
+    seen = [values["objective"] for values in trials if "objective" in values]
+    kinds = _holding(Choices(tuple(objectives)), seen)
+    columns = [_column("objective", kinds)] if len(objectives) > 1 else []
+    for p in space.parameters:
+        domain = _holding(p.domain, [values[p.name] for values in trials if p.name in values])
+        columns.append(_column(names[p.name], domain))
+    return columns
 
 
 def _column(name: str, domain: Any) -> HParamInfo:

@@ -62,8 +62,9 @@ def trials_table(
     columns: str | None = None,
     limit: int | None = None,
     output: str = "table",
+    others: Sequence[Path] = (),
 ) -> str:
-    """Return the trials of an experiment as text.
+    """Return the trials of an experiment, or of several, as text.
 
     A field is trial, number, objective, status, epoch, reason, a metric after the last epoch, or a searched parameter
     by its whole name or its end (`alpha` is that of each trial's own objective).
@@ -76,9 +77,12 @@ def trials_table(
         columns: fields, comma-separated. None: all for csv and json, a choice of them for a table.
         limit: maximum number of trials.
         output: `table`, `json` (a list of objects) or `csv`.
+        others: more experiments; each trial then has the field `experiment`.
     """
     plan = read_plan(experiment)
     rows = [_row(record) for record in read_lasts(experiment)]
+    if others:
+        rows = _rows_of_several([experiment, *others], plan)
     fields = _fields(rows)
     known = _known(fields, plan.metric)
     problems: list[str] = []
@@ -103,10 +107,27 @@ def trials_table(
     return "\n".join(in_columns(["\t".join(chosen), *cells]))
 
 
+def _rows_of_several(experiments: Sequence[Path], first: ExperimentPlan) -> list[Row]:
+    """Return the trials of experiments that are ranked by one metric, in their order."""
+    rows: list[Row] = []
+    for experiment in experiments:
+        plan = read_plan(experiment)
+        if plan.metric != first.metric:
+            raise ConfigError(
+                f"has {plan.metric or 'a test split'} as its metric, and the first experiment "
+                f"{first.metric or 'a test split'}: list them one by one",
+                experiment,
+            )
+        name = experiment.absolute().name
+        rows += [{"experiment": name, **_row(record)} for record in read_lasts(experiment)]
+    return rows
+
+
 def _fields(rows: Sequence[Row]) -> list[str]:
     """Return all fields of the rows, in the order of columns."""
     own = (key for row in rows for key in row if key != "reason")
-    return list(dict.fromkeys([*FIRST, *own, "reason"]))
+    before = ["experiment"] if any("experiment" in row for row in rows) else []
+    return list(dict.fromkeys([*before, *FIRST, *own, "reason"]))
 
 
 def _known(fields: Sequence[str], metric: str | None) -> set[str]:
@@ -247,14 +268,18 @@ def _cell(row: Row, field: str) -> str:
 
 def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
     metric = plan.metric or "train_loss"
-    lines = [f"trial\tstatus\tepoch\t{metric}\tparameters"]
+    several = any("experiment" in row for row in rows)
+    head = f"trial\tstatus\tepoch\t{metric}\tparameters"
+    lines = [f"experiment\t{head}" if several else head]
     for row in rows:
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
         reason = first_line(row["reason"]) if row.get("reason") else parameters
         trial = on_one_line(cut_short(row["trial"]))
-        lines.append(f"{trial}\t{row['status']}\t{row['epoch']}\t{value}\t{on_one_line(reason)}")
+        before = f"{on_one_line(row['experiment'])}\t" if several else ""
+        shown = f"{trial}\t{row['status']}\t{row['epoch']}\t{value}\t{on_one_line(reason)}"
+        lines.append(before + shown)
     return "\n".join(in_columns(lines))
 
 
@@ -269,11 +294,12 @@ def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float =
         follow: wait for more while the trial runs.
     """
     read_plan(experiment)
-    folder = _folder_of(experiment, trial)
+    folder = folder_of_trial(experiment, trial)
     return _log_lines(experiment, folder, follow, every_s)
 
 
-def _folder_of(experiment: Path, trial: str) -> Path:
+def folder_of_trial(experiment: Path, trial: str) -> Path:
+    """Return the folder of the trial that a user names: by name, its unique beginning, or number."""
     folders = {
         folder.name: folder
         for folder in trial_folders(experiment)

@@ -9,7 +9,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints
 
 from tfkd_ray.learn.config import (
     RUN_ONLY,
+    WITHOUT_LABELS,
     TeacherConfig,
     TrainConfig,
     filled,
@@ -33,7 +34,14 @@ from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import Settings, name_alone, validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, find_file, read_yaml
 from tfkd_ray.space.ranges import Domain, name_of
-from tfkd_ray.space.space import TUNED_BASELINES, Space, build_space, override
+from tfkd_ray.space.space import (
+    NEVER_TAUGHT,
+    TUNED_BASELINES,
+    Space,
+    build_space,
+    override,
+    without_unlabelled,
+)
 from tfkd_ray.store.experiment import (
     BASELINES,
     Record,
@@ -43,9 +51,11 @@ from tfkd_ray.store.experiment import (
     ranked_trials,
     read_experiment,
     read_records,
+    selection_limits,
     selection_metric,
 )
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import feasible_first, is_feasible, limits_text, met_text
 from tfkd_ray.verdict.scores import Selectable
 from tfkd_ray.verdict.seed_plan import SeedPlan
 
@@ -110,8 +120,12 @@ class Arms(Settings):
 
     @property
     def example(self) -> TrainConfig:
-        """Return a configuration with the data and the run settings that all arms share."""
-        return self.arms[0].config
+        """Return a configuration with the data and the run settings that all arms share.
+
+        It is one with unlabelled images, if there is any.
+        """
+        configs = [arm.config for arm in self.arms]
+        return next((c for c in configs if c.data.unlabelled is not None), configs[0])
 
     def named(self, name: str) -> Arm:
         """Return the arm of that name."""
@@ -183,6 +197,11 @@ def build_arms(
         )
     compared = validated(Arms, {**about, "arms": arms, "preset": preset}, source)
     problems = list(_arm_problems(compared))
+    if _says_unlabelled(dict(shared)) and compared.example.data.unlabelled is None:
+        learn = ", ".join(sorted(WITHOUT_LABELS))
+        problems.append(
+            f"data.unlabelled: no arm learns from images without labels; leave it out, or compare one of {learn}"
+        )
     if problems:
         raise ConfigError(problems, source)
     return compared
@@ -207,10 +226,18 @@ def _arm(
             override(config, text)
         if preset == "smoke":
             config = _smoke(config)
+        if name_of(config.get("objective")) in NEVER_TAUGHT and not _says_unlabelled(given):
+            config = without_unlabelled(config)
         return {**own, "config": validated(TrainConfig, config)}
     except ConfigError as error:
         where = dotted(["arms", own.get("name", number)])
         raise ConfigError(f"{where}.{p}" for p in error.problems) from None
+
+
+def _says_unlabelled(given: Tree) -> bool:
+    """Return whether an arm's own settings, not the shared ones, have unlabelled images."""
+    data = given.get("data")
+    return isinstance(data, Mapping) and data.get("unlabelled") is not None
 
 
 def _arm_problems(compared: Arms) -> Sentences:
@@ -228,11 +255,21 @@ def _arm_problems(compared: Arms) -> Sentences:
         twin = made.setdefault(twins[arm.name], arm.name)
         if twin != arm.name:
             yield f"arms.{arm.name}: the same configuration as {twin}; leave one out, or change it"
-        if arm.config.data != first.data:
+        if arm.config.data.labelled != first.data.labelled:
             yield f"arms.{arm.name}.data: all arms are compared on the same data, those of {names[0]}"
+        if arm.config.data.unlabelled not in (None, first.data.unlabelled):
+            yield (
+                f"arms.{arm.name}.data.unlabelled: all arms that have unlabelled images have the same ones, "
+                f"{first.data.unlabelled}, got {arm.config.data.unlabelled}"
+            )
         for key in sorted(RUN_ONLY):
             if getattr(arm.config, key) != getattr(first, key):
                 yield f"arms.{arm.name}.{key}: one value for all arms; say it at the top of the file"
+
+
+def seeds_from(count: int, taken: int | None = None) -> list[int]:
+    """Return so many seeds of a comparison, without the seed that a sweep has taken."""
+    return [seed for seed in range(FIRST_SEED, FIRST_SEED + count + 1) if seed != taken][:count]
 
 
 def runs_of(
@@ -320,12 +357,21 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     """Return the sweep's space with these baselines as its objectives, and these trials of each."""
     tree = copy.deepcopy(read_experiment(experiment)["space"])
     objectives = [TUNED_BASELINES[name] for name in lacking]
+    tree = without_unlabelled(tree)
     tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
     tree["teacher"] = None
     if _holds_trained(tree.get("init")):  # a baseline has no teacher
         tree["init"] = "random"
     tree.pop("teachers", None)
-    own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
+    own = (
+        "time_budget_s",
+        "gpu_hours",
+        "cpu_hours",
+        "max_failed_trials",
+        "storage",
+        "study",
+        "points",
+    )
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
@@ -354,6 +400,7 @@ def arms_of(
     """
     winners = _candidates(experiment, top_k)
     first, metric = winners[0], selection_metric(experiment)
+    limits = selection_limits(experiment)
     arms: list[Tree] = []
     for winner in winners:
         arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
@@ -365,9 +412,15 @@ def arms_of(
             raise ConfigError(
                 f"no full-length trial of the baseline {name}; tune it first", experiment
             )
-        rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
+        ranked = scores.ranked(found, metric, lambda record: record.last[metric])
+        rival = feasible_first(ranked, limits, lambda record: record.last)[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
+    if limits and not is_feasible(limits, first.last):
+        notes.append(
+            f"No trial of the sweep meets its constraints ({limits_text(limits)}): {first.name} "
+            f"{met_text(limits, first.last)}."
+        )
     best_run = validated(TrainConfig, arms[0]["config"])
     weight = best_run.ce_share
     if weight is None and "scaled" in rivals:
@@ -385,6 +438,7 @@ def arms_of(
             "teacher": teacher,
         }
         scaled.pop("teachers", None)
+        scaled = without_unlabelled(scaled)
         arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
     setting = next((p.objective for p in PUBLISHED if p.objective.name == first.objective), None)  # type: ignore[attr-defined]
     if setting is not None and "published" in rivals:
@@ -436,7 +490,8 @@ def _tuned_for_old_code(changed: str) -> str:
 
 def _full(experiment: Path) -> list[Record]:
     """Return the full-length trials, best first."""
-    return ranked_trials(read_records(experiment), selection_metric(experiment))
+    metric, limits = selection_metric(experiment), selection_limits(experiment)
+    return ranked_trials(read_records(experiment), metric, limits)
 
 
 def _candidates(experiment: Path, top_k: int) -> list[Record]:
@@ -464,7 +519,10 @@ def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
         return False
     distances = []
     for name, value in a.parameters.items():
-        distances.append(domains[name].distance(value, b.parameters[name]))
+        if name in domains:
+            distances.append(domains[name].distance(value, b.parameters[name]))
+        else:  # of a space in which the sweep went before
+            distances.append(float(value != b.parameters[name]))
     return all(distance < NEAR for distance in distances)
 
 
@@ -504,14 +562,14 @@ def new_comparison(
     from tfkd_ray.learn.loop import LOOP_VERSION
 
     check_new(directory)
-    digest = compared.example.data.pinned().digest
+    digests = compared.example.data.pinned().digests
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
     about = {
         **about_now([masked(word) for word in sys.argv], compared.tree),
         "id": uuid.uuid4().hex,
         "loop_version": LOOP_VERSION,
         "fail_if_not_better": strict,
-        "digest": digest,
+        **digests,
         "seeds": list(seeds),
         **({} if first_look is None else {"first_look": first_look, "most_seeds": len(seeds)}),
         "teacher_per_seed": teacher_per_seed,
@@ -541,8 +599,8 @@ class Comparison:
     is_trained: bool
     """True if every run has finished."""
 
-    digest: str | None = None
-    """Digest of its runs' data; None if it began before data had digests."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Digests of its runs' data; none if it began before data had digests."""
     plan: SeedPlan | None = None
     """Looks of a sequential comparison; None if the number of seeds is fixed."""
     ended: bool = True
@@ -560,8 +618,8 @@ class Comparison:
 
     @property
     def runs_on_data(self) -> list[Run]:
-        """Return its runs, with the recorded data digest."""
-        return [replace(run, config=run.config.with_digest(self.digest)) for run in self.runs]
+        """Return its runs, with the recorded digests of their data."""
+        return [replace(run, config=run.config.with_digests(self.digests)) for run in self.runs]
 
 
 def read_comparison(directory: Path) -> Comparison:
@@ -576,7 +634,8 @@ def read_comparison(directory: Path) -> Comparison:
         options = {key: bool(about[key]) for key in ("teacher_per_seed", "hold_out")}
         runs = runs_of(arms, [int(seed) for seed in about["seeds"]], **options)
         made_with = (str(about["versions"]["torch"]), int(about["loop_version"]))
-        digest = str(about["digest"]) if "digest" in about else None
+        names: list[str] = [name for name in ("digest", "unlabelled_digest") if name in about]
+        digests = {name: str(about[name]) for name in names}
         id, strict = str(about["id"]), bool(about["fail_if_not_better"])
         plan = None
         if "first_look" in about:
@@ -585,7 +644,7 @@ def read_comparison(directory: Path) -> Comparison:
     done = {record.name for record in read_records(directory) if record.status == "done"}
     is_trained = done >= {run.name for run in runs}
     held = options["hold_out"]
-    return Comparison(arms, runs, held, id, strict, made_with, is_trained, digest, plan, ended)
+    return Comparison(arms, runs, held, id, strict, made_with, is_trained, digests, plan, ended)
 
 
 def end_comparison(directory: Path, seeds: int) -> None:

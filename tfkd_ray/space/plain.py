@@ -16,11 +16,15 @@ from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.space.ranges import Choices, Path_, Range
-from tfkd_ray.space.search_config import Grid, SearchConfig
-from tfkd_ray.space.space import SEARCH_RULES, Branch, Parameter, Searched
+from tfkd_ray.space.search_config import ENDLESS, SearchConfig
+from tfkd_ray.space.space import (
+    SEARCH_RULES,
+    Branch,
+    Parameter,
+    Searched,
+    defaults_of_grid,
+)
 
-ENDLESS = 10**9
-"""Trials of a search that ends only when Tune asks for no more."""
 GROUP = "all"
 """Name of the only group; its study is called STUDY/all."""
 SETTINGS = ("num_samples", "sampler", "stopping", "storage", "study", "seed")
@@ -29,6 +33,7 @@ _ELSEWHERE = {
     "metric": "the argument `metric`, or TuneConfig(metric=...), names it",
     "time_budget_s": "set TuneConfig(time_budget_s=...)",
     "max_concurrent": "set TuneConfig(max_concurrent_trials=...)",
+    "points": "pass OptunaSearcher(..., points_to_evaluate=[...])",
     "max_failures": "set RunConfig(failure_config=...)",
 }
 
@@ -37,6 +42,7 @@ class PlainSearch(SearchConfig):
     """Search settings of a plain dictionary: its metric is whatever the trainable reports."""
 
     num_samples: Count = ENDLESS
+    """Number of trials; by default Tune decides when to ask for no more."""
     metric: str = ""
     """Name of the metric; empty until a Tuner says it."""
     direction: Literal["max", "min"] = "max"
@@ -143,9 +149,9 @@ def plain_space(
     record = {"epochs": epochs, "parameters": {p.name: p.domain.tree for p in parameters}}
     branch = Branch(GROUP, template, tuple(sorted(parameters, key=lambda p: p.name)))
     space = PlainSpace((branch,), settings, record, constants)
-    size = space.groups[0].grid_size
-    if isinstance(settings.sampler, Grid) and size and "num_samples" not in search:
-        settings = settings.model_copy(update={"num_samples": size})
+    given = {*search, "stopping"}  # who passes `StudyStopping` to a Tuner asks for early stopping
+    if defaults := defaults_of_grid(space, given):
+        settings = settings.model_copy(update=defaults)
         space = dataclasses.replace(space, search=settings)
     problems = [f"search.{problem}" for rule in SEARCH_RULES for problem in rule(space)]
     if problems:

@@ -3,21 +3,23 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
-from tfkd_ray.learn.optimizers import WHOLE, OptimConfig
+from tfkd_ray.learn.optimizers import WHOLE
 from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.schema import tag
 from tfkd_ray.settings.yaml import Tree, Values, leaves_of, value_at
-from tfkd_ray.space.ranges import Choices, Path_, Range, name_of
+from tfkd_ray.space.points import completed, own_points
+from tfkd_ray.space.ranges import Choices, Path_, Range
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path, share_of
 from tfkd_ray.store.experiment import as_number
+from tfkd_ray.verdict.limits import limits_text
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -42,7 +44,7 @@ def as_asked(group: BranchGroup, objective: str, values: Values) -> tuple[Tree, 
 
 @dataclass(frozen=True)
 class WarmPoint:
-    """A published setting mapped into a space."""
+    """A first trial of a search: a point of its file, or a published setting mapped into its space."""
 
     objective: str
     values: Tree
@@ -53,9 +55,10 @@ class WarmPoint:
 def warm_points(space: Space) -> list[WarmPoint]:
     """Return the first trials of a sweep, each group's in their order.
 
-    A setting is skipped if a value of its objective lies outside of the space or differs from a
-    fixed one. Parameters that it does not mention take the paper's value (the defaults of
-    `OptimConfig`) if that lies inside, else the middle of their range.
+    The points of the file come first (see `points`), then published settings. Of these, one is
+    skipped if a value of its objective lies outside of the space or differs from a fixed one.
+    Parameters that it does not mention take the paper's value (the defaults of `OptimConfig`) if
+    that lies inside, else the middle of their range.
     """
     points = []
     for group in space.groups:
@@ -64,13 +67,21 @@ def warm_points(space: Space) -> list[WarmPoint]:
 
 
 def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
-    """Return a group's `warm_points`: objectives in turn, at most a quarter of its trials."""
+    """Return a group's `warm_points`.
+
+    Published settings: objectives in turn, at most a quarter of its trials.
+    """
+    named, _ = own_points(space.branches, space.search.points)
+    here = {branch.objective for branch in group.branches}
+    own = [WarmPoint(p.objective, p.values, p.origin) for p in named if p.objective in here]
     if not space.search.warm_start or isinstance(space.sampler, Grid):
-        return []
+        return own
     in_turn: list[WarmPoint] = []
     for row in itertools.zip_longest(*map(_published, group.branches)):
         in_turn += [point for point in row if point is not None]
-    return in_turn[: share_of(space) // 4]
+    share, known = share_of(space), [(p.objective, p.values) for p in own]
+    new = [p for p in in_turn[: share // 4] if (p.objective, p.values) not in known]
+    return [*own, *new][:share]
 
 
 def _published(branch: Branch) -> Iterator[WarmPoint]:
@@ -95,46 +106,47 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
 
 def _values_for(branch: Branch, objective: Canonical) -> Tree:
     """Return values for a branch's parameters: the objective's, else the paper's or the middle."""
-    values: Tree = {}
-    for p in branch.asked(values):
-        usual = PAPER_VALUES.get(p.path) if _is_sgd(branch, values) else None
-        if p.path[0] == "objective":
-            values[p.name] = getattr(objective, p.path[1])
-        elif usual is not None and p.domain.contains(usual):
-            values[p.name] = usual
-        else:
-            values[p.name] = p.domain.middle
-    return values
-
-
-def _is_sgd(branch: Branch, values: Values) -> bool:
-    """Return whether a configuration with these values has the optimizer of the paper."""
-    given = values.get("optim", branch.tree.get("optim"))
-    return name_of(given) in (None, "sgd")
-
-
-PAPER_VALUES: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}
-"""The paper's recipe, which is also our default."""
+    own = [p for p in branch.parameters if p.path[0] == "objective"]
+    return completed(branch, {p.name: getattr(objective, p.path[1]) for p in own})
 
 
 def not_superset(old: Space, new: Space) -> list[str]:
     """Return a sentence for each reason why `new` does not contain every trial of `old`."""
+    names = [branch.objective for branch in new.branches]
+    missing = [
+        f"objective: existing trials have {was.objective}, and the new space lacks it; add it"
+        for was in old.branches
+        if was.objective not in names
+    ]
+    return missing + _differing(old, new, SAME_BRANCH_RULES)
+
+
+def not_comparable(old: Space, new: Space) -> list[str]:
+    """Return a sentence for each reason why no trial of `old` can be compared with those of `new`.
+
+    Ranges may be narrower, searched settings fixed, and objectives left out.
+    """
+    return _differing(old, new, SAME_TRIALS_RULES)
+
+
+def _differing(
+    old: Space, new: Space, rules: Sequence[Callable[[Branch, Branch], Sentences]]
+) -> list[str]:
     problems = []
     branches = {branch.objective: branch for branch in new.branches}
-    for was in old.branches:
-        if was.objective not in branches:
-            problems.append(
-                f"objective: existing trials have {was.objective}, and the new space lacks it; add it"
-            )
     if old.search.split != new.search.split:
         problems.append("search.split: cannot change when a sweep is resumed")
     if old.search.metrics != new.search.metrics:
         problems.append(
             f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it"
         )
+    if old.search.limits != new.search.limits:
+        problems.append(
+            f"search.constraints: were {limits_text(old.search.limits) or 'none'}, and trials were judged by them"
+        )
     for was in old.branches:
         if was.objective in branches:
-            for rule in SAME_BRANCH_RULES:
+            for rule in rules:
                 problems += rule(was, branches[was.objective])
     return list(dict.fromkeys(problems))
 
@@ -183,7 +195,8 @@ def _fixed_values_are_the_same(was: Branch, now: Branch) -> Sentences:
             yield f"{name}: was {a!r}, and is {b!r} now"
 
 
-SAME_BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
+SAME_TRIALS_RULES = (_new_ranges_hold_old_values, _fixed_values_are_the_same)
+SAME_BRANCH_RULES = (_ranges_are_as_wide, *SAME_TRIALS_RULES)
 """Rules in the order in which their problems are reported, all of them at once."""
 
 
@@ -204,7 +217,7 @@ def _place_of(p: Parameter) -> tuple[Path_, str]:
     return p.path, json.dumps(item, sort_keys=True)
 
 
-DIGEST = ("data", "digest")
+DIGESTS = (("data", "digest"), ("data", "unlabelled_digest"))
 
 
 def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
@@ -214,9 +227,9 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
     """
     left = dict(leaves_of(a))
     right = dict(leaves_of(b))
-    digests = (left.get(DIGEST), right.get(DIGEST))
-    if None in digests:  # one began before data had digests, or has not begun
-        left[DIGEST] = right[DIGEST] = None
+    for digest in DIGESTS:
+        if None in (left.get(digest), right.get(digest)):
+            left[digest] = right[digest] = None  # one began before there were any, or has not begun
     paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
     kinds = {p[:-1] for p in paths if p[-1] == "name"}
     for path in paths:
@@ -226,6 +239,18 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
         only_where = top in {"recipe", *RUN_ONLY} or (top == "data" and last in Dataset.places)
         if not only_where:
             yield path, left.get(path), right.get(path)
+
+
+def lies_in(branch: Branch, parameters: Values) -> bool:
+    """Return whether a trial's parameters, of this space or an earlier one, lie in a branch's ranges."""
+    there: Tree = {}
+    for p in branch.parameters:
+        if not p.is_asked(there):
+            continue
+        if p.name not in parameters or not p.domain.contains(parameters[p.name]):
+            return False
+        there[p.name] = parameters[p.name]
+    return True
 
 
 def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list[str]:

@@ -4,13 +4,22 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from tfkd_ray.learn.optimizers import Count, Positive
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.settings.schema import Settings, name_alone, tag
+from tfkd_ray.verdict.limits import Limits
 from tfkd_ray.verdict.scores import Searchable, SearchableBeside, score_of
 
 
@@ -26,6 +35,8 @@ class _Sampler(Settings):
     """True if it can optimise several metrics."""
     priors: ClassVar[bool] = True
     """True if results of earlier experiments help it."""
+    constrained: ClassVar[bool] = False
+    """True if it learns which trials meet constraints."""
     full_length_only: ClassVar[bool] = False
     """True if it needs every trial to run its full length."""
     needs: ClassVar[str | None] = None
@@ -39,6 +50,7 @@ class Tpe(_Sampler):
     """Tree-structured Parzen estimators: models where good trials are, stopped ones included."""
 
     together = True
+    constrained = True
     name: Literal["tpe"] = "tpe"
     startup: Count | None = None
     """Proposals before the model is used; quasi-random if an objective has its own sampler and no
@@ -53,6 +65,7 @@ class Tpe(_Sampler):
 class Gp(_Sampler):
     """A Gaussian process with log expected improvement. It learns from full-length trials only."""
 
+    constrained = True
     name: Literal["gp"] = "gp"
     startup: Count | None = None
     """Proposals before the model is used, as in tpe."""
@@ -90,7 +103,10 @@ class Random(_Sampler):
 
 
 class Grid(_Sampler):
-    """Every combination of choices and steps once, in random order; no more and no fewer trials."""
+    """Every combination of choices and steps once, in random order; no more and no fewer trials.
+
+    Each runs its full length, unless the file sets `search.stopping`.
+    """
 
     priors = False
     name: Literal["grid"] = "grid"
@@ -204,6 +220,10 @@ class NoStopping(Settings):
 
 Stopping = Halving | Pausing | Hyperband | Asha | Median | NoStopping
 
+ENDLESS = 10**9
+"""Trials of a search that does not end by their number."""
+TIME_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours")
+"""Budgets that every search spends in the end."""
 ENVIRONMENT = "TFKD_STORAGE"
 """Environment variable with the storage's whole URL, needed if the experiment's shows *** as the
 password."""
@@ -227,12 +247,31 @@ def _storage_url(url: str | None) -> str | None:
     return url
 
 
+class Limit(Settings):
+    """Limits of a metric, both ends included."""
+
+    low: float | None = None
+    """Least value that meets the constraint. None: no lower limit."""
+    high: float | None = None
+    """Greatest value that meets the constraint. None: no upper limit."""
+
+    @model_validator(mode="after")
+    def _is_a_limit(self) -> Self:
+        if self.low is None and self.high is None:
+            raise ValueError("needs a limit, {high: 0.05}, {low: 0.9} or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(
+                f"low must not be above high, got low {self.low:g}, high {self.high:g}"
+            )
+        return self
+
+
 class SearchConfig(Settings):
     """Search settings: number of trials, sampler, stopping, budgets and storage."""
 
-    num_samples: Count = 24
+    num_samples: Count | None = 24
     """Number of trials, over all objectives. With the grid sampler and no explicit value: the size
-    of the grid."""
+    of the grid. None: trials are added until `time_budget_s`, `gpu_hours` or `cpu_hours` is spent."""
     split: bool = True
     """Give every objective the same number of trials and its own sampler. false: the sampler
     chooses the objective."""
@@ -243,9 +282,14 @@ class SearchConfig(Settings):
     warm_start: bool = True
     """Try published settings first if they lie in the space; at most a quarter of an objective's
     trials."""
+    points: tuple[dict[str, Any], ...] = ()
+    """Trials to run first, before the published settings: a list of partial settings, each of one
+    objective, such as {objective: kd, optim.lr: 0.05}. Searched settings that a point leaves out take
+    the paper's value, or the middle of their range. They count as trials."""
     stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = (
         Halving()
     )
+    """Early stopping. With the grid sampler and no explicit value: none."""
     metric: Searchable = "val_accuracy"
     """Validation metric after a trial's last epoch, which is the trial's value; val_ema_accuracy by
     default if all trials have `ema`. NLL and ECE are minimised, others maximised. A list, such as
@@ -254,6 +298,9 @@ class SearchConfig(Settings):
     more_metrics: tuple[SearchableBeside, ...] = ()
     """The other metrics of a list given as `metric`; also `parameters`, the number of the student's
     weights, minimised."""
+    constraints: dict[str, Limit] = {}
+    """Limits of metrics that the best trial should meet, such as {parameters: {high: 2e6}, val_ece:
+    {high: 0.05}}. The sampler learns which trials meet them (tpe, gp)."""
     max_concurrent: Count | None = None
     """Concurrent trials. None: as many as fit on the cluster."""
     max_failures: Annotated[int, Field(ge=0)] = 2
@@ -281,6 +328,27 @@ class SearchConfig(Settings):
     """Seed of the proposals: proposal n is a function of this seed, n, and the content of the
     study."""
 
+    @field_validator("points", mode="before")
+    @classmethod
+    def _points_are_settings(cls, given: Any) -> Any:
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"a list of settings, [{{optim.lr: 0.1}}, ...], got {given!r}")
+        for number, point in enumerate(given, start=1):
+            if not isinstance(point, Mapping) or not point:
+                raise ValueError(f"number {number} needs settings (key: value), got {point!r}")
+        return given
+
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _constraints_are_of_metrics(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"limits by metric, {{val_ece: {{high: 0.05}}}}, got {given!r}")
+        known = get_args(SearchableBeside)
+        for name in given:
+            if name not in known:
+                raise ValueError(f"no metric {name!r}; {did_you_mean(str(name), known)}")
+        return given
+
     @model_validator(mode="before")
     @classmethod
     def _metrics_as_a_list(cls, tree: Any) -> Any:
@@ -306,6 +374,21 @@ class SearchConfig(Settings):
         return (self.metric, *self.more_metrics)
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """Return all metrics that every trial must report: those optimised, and those limited."""
+        return tuple(dict.fromkeys((*self.metrics, *self.constraints)))
+
+    @property
+    def limits(self) -> Limits:
+        """Return the constraints as plain numbers."""
+        return {name: limit.tree for name, limit in self.constraints.items()}
+
+    @property
+    def most_trials(self) -> int:
+        """Return the number of trials; `ENDLESS` if a budget alone ends the search."""
+        return ENDLESS if self.num_samples is None else self.num_samples
+
+    @property
     def mode(self) -> Literal["max", "min"]:
         """Return the direction in which the first metric is better."""
         return score_of(self.metric).direction
@@ -321,3 +404,13 @@ class SearchConfig(Settings):
         names = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
         limits = {name: getattr(self, name) for name in names}
         return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def more_samples(num_samples: int | None, more: int) -> int | None:
+    """Return `num_samples` with trials added; raise a ConfigError if a budget alone ends the search."""
+    if num_samples is None and more:
+        raise ConfigError(
+            f"add_trials: search.num_samples is null, so trials are added until a budget is spent, got {more}; give "
+            "another budget instead, such as --time-budget SECONDS"
+        )
+    return None if num_samples is None else num_samples + more

@@ -11,12 +11,19 @@ import copy
 import importlib.util
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tfkd_ray.learn.config import RUN_ONLY, TeacherRun, TrainConfig, number_teachers
+from tfkd_ray.learn.config import (
+    RUN_ONLY,
+    WITHOUT_LABELS,
+    TeacherRun,
+    TrainConfig,
+    number_teachers,
+)
+from tfkd_ray.learn.dataset import OF_UNLABELLED
 from tfkd_ray.learn.objectives import Canonical, recorded
 from tfkd_ray.learn.own import is_only_reading
 from tfkd_ray.learn.own_loss import whole_numbers
@@ -25,6 +32,7 @@ from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotte
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
 from tfkd_ray.settings.yaml import Tree, Values, find_file, in_yaml, parse_yaml, read_yaml
+from tfkd_ray.space.points import own_points
 from tfkd_ray.space.ranges import (
     RANGE_KEYS,
     Choices,
@@ -42,6 +50,7 @@ from tfkd_ray.space.ranges import (
     range_meant,
 )
 from tfkd_ray.space.search_config import (
+    TIME_BUDGETS,
     Gp,
     Grid,
     Halving,
@@ -53,6 +62,7 @@ from tfkd_ray.space.search_config import (
     SearchConfig,
     Stopping,
 )
+from tfkd_ray.verdict.limits import impossible
 from tfkd_ray.verdict.scores import OF_AVERAGE, score_of
 
 Within = tuple[str, Any]
@@ -74,6 +84,10 @@ TAUGHT = {
     str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher is True
 } - {"tfkd_self"}
 """Objectives whose teacher has its own network; of the user's own, the settings say it."""
+NEVER_TAUGHT = {
+    str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher is False
+}
+"""Objectives of this package that learn from labels alone, which may stand beside those with a teacher."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +296,11 @@ class Space(Searched):
 
     @property
     def example(self) -> TrainConfig:
-        """Return one configuration; its run settings are those of every other one."""
-        return self.branches[0].example
+        """Return one configuration; its run settings are those of every other one.
+
+        It is one with unlabelled images, if there is any.
+        """
+        return _with_unlabelled(self.branches).example
 
     def try_own_code(self) -> list[str]:
         """Try the user's own code in each objective's first and last configuration; return notes.
@@ -418,8 +435,11 @@ def _read_branches(
     except ConfigError as error:
         return [], error.problems
     taught = any(map(_is_taught, objectives))
+    learns = any(name_of(objective) in WITHOUT_LABELS for objective in objectives)
     for objective in objectives:
         shared = dict(tree)
+        if learns and name_of(objective) in NEVER_TAUGHT:  # such as a baseline beside kd
+            shared = without_unlabelled(shared)
         teacher = tree.get("teacher")
         if name_of(objective) == "tfkd_self" and taught and isinstance(teacher, dict):
             # the given network is the other objectives' teacher; a self teacher is the student's
@@ -433,12 +453,39 @@ def _read_branches(
     return branches, problems
 
 
+def without_unlabelled(tree: Tree) -> Tree:
+    """Return the tree of a configuration without the settings of unlabelled images."""
+    data = tree.get("data")
+    if not isinstance(data, Mapping):
+        return tree
+    return {**tree, "data": {k: v for k, v in data.items() if k not in OF_UNLABELLED}}
+
+
+def _with_unlabelled(branches: Sequence[Branch]) -> Branch:
+    """Return a branch whose trials see unlabelled images; the first one if there is none."""
+    for branch in branches:
+        data = branch.tree.get("data")
+        if isinstance(data, Mapping) and data.get("unlabelled") is not None:
+            return branch
+    return branches[0]
+
+
 def _sized(space: Space) -> SearchConfig:
-    """Return the search settings with the size of the grid as the default of `num_samples`."""
-    search, size = space.search, _grid_size(space)
-    if isinstance(search.sampler, Grid) and "num_samples" not in search.model_fields_set and size:
-        return search.model_copy(update={"num_samples": size})
-    return search
+    """Return the search settings with a grid's own defaults: its size, and no early stopping."""
+    search = space.search
+    return search.model_copy(update=defaults_of_grid(space, search.model_fields_set))
+
+
+def defaults_of_grid(space: Searched, given: Collection[str]) -> Tree:
+    """Return the defaults of a grid's search settings, except of those that are given.
+
+    Each combination is one trial of full length: a table of a grid needs all of its values.
+    """
+    if not isinstance(space.sampler, Grid):
+        return {}
+    size = _grid_size(space)
+    defaults: Tree = {"stopping": NoStopping()} | ({"num_samples": size} if size else {})
+    return {name: value for name, value in defaults.items() if name not in given}
 
 
 def _averages(branch: Branch) -> bool:
@@ -477,7 +524,7 @@ def _grid_size(space: Searched) -> int:
 
 def share_of(space: Searched) -> int:
     """Return the number of trials per group."""
-    return space.search.num_samples // len(space.groups)
+    return space.search.most_trials // len(space.groups)
 
 
 # --- notes: each a sentence on an oddity of a space
@@ -520,9 +567,10 @@ def _trials_are_the_same(space: Space) -> Sentences:
     idle = [b.objective for b in space.branches if not b.parameters]
     if share < 2 or not idle or (len(idle) < len(space.branches) and not space.search.split):
         return
-    whose, what = f"all {share} trials", "nothing is searched"
+    many = "" if space.search.num_samples is None else f"{share} "
+    whose, what = f"all {many}trials", "nothing is searched"
     if len(space.groups) > 1:
-        whose = f"the {share} trials of {', '.join(idle)} each"
+        whose = f"the {many}trials of {', '.join(idle)} each"
     if len(idle) < len(space.branches):
         what = f"nothing is searched for {', '.join(idle)}"
     yield (
@@ -545,10 +593,32 @@ def _trials_repeat_others(space: Space) -> Sentences:
     way = "write a range, or more choices, or lower search.num_samples"
     if all((group.grid_size or MAX_GRID + 1) <= MAX_GRID for group in space.groups):
         way = "search.sampler: grid, with num_samples left out, runs each once"
-    yield f"there are only {points}: of {share} that are proposed, some are likely to repeat others; {way}"
+    many = "those" if space.search.num_samples is None else share
+    yield f"there are only {points}: of {many} that are proposed, some are likely to repeat others; {way}"
 
 
-NOTES = (_weights_are_unknown, _beginnings_are_unknown, _trials_are_the_same, _trials_repeat_others)
+def _pieces_change_a_loss(space: Space) -> Sentences:
+    """Yield a note if a loss that compares the images of a batch sees pieces of it."""
+    for branch in space.branches:
+        first = _first(branch.parameters)
+        updates = [p for p in branch.parameters if p.path[0] == "optim"]
+        for values in itertools.islice(_every_choice(updates, end=1), MAX_CORNERS):
+            config = branch.config({**first, **values})
+            if config.objective.compares_images and config.optim.accumulate > 1:
+                yield (
+                    f"optim.accumulate: {branch.objective} compares the images of a batch with each other, and with "
+                    "accumulate those of a piece: the loss is another one than without"
+                )
+                break
+
+
+NOTES = (
+    _pieces_change_a_loss,
+    _weights_are_unknown,
+    _beginnings_are_unknown,
+    _trials_are_the_same,
+    _trials_repeat_others,
+)
 
 
 # --- rules of a space's teachers, on the tree of the file
@@ -638,7 +708,7 @@ def _grid_is_run_once(space: Searched) -> Sentences:
     if size > MAX_GRID:
         yield f"sampler: a grid of {size} trials is more than {MAX_GRID}; use qmc or random"
     elif not endless and given != size:
-        yield f"num_samples: the grid has {size} points, each is one trial, got {given}; leave it out"
+        yield f"num_samples: the grid has {size} points, each is one trial, got {in_yaml(given)}; leave it out"
 
 
 def _gp_can_list_values(space: Searched) -> Sentences:
@@ -657,15 +727,27 @@ def _sampler_has_several_metrics(space: Searched) -> Sentences:
 
 
 def _parameters_differ(space: Searched) -> Sentences:
-    """Reject the number of parameters as a metric if all students have the same."""
-    searched = any(p.path[0] == "student" for p in space.parameters)
-    if "parameters" in space.search.more_metrics and not searched:
-        yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
+    """Reject the number of parameters as a metric or constraint if all students have the same."""
+    search, searched = space.search, any(p.path[0] == "student" for p in space.parameters)
+    for field, names in (
+        ("more_metrics", search.more_metrics),
+        ("constraints", search.constraints),
+    ):
+        if "parameters" in names and not searched:
+            yield f"{field}: parameters are the same in all trials where the student is fixed; search it, or leave them"
+
+
+def _constraints_can_be_met(space: Searched) -> Sentences:
+    """Reject constraints that no trial meets, or that the sampler cannot learn."""
+    sampler, search = space.sampler, space.search
+    if search.constraints and not sampler.constrained:
+        yield f"constraints: {sampler} does not learn which trials meet them; use tpe or gp"
+    yield from impossible(search.limits)
 
 
 def _averages_are_there(space: Space) -> Sentences:
     """Reject a metric of averaged weights where trials have none."""
-    of_average = [metric for metric in space.search.metrics if metric in OF_AVERAGE]
+    of_average = [metric for metric in space.search.measured if metric in OF_AVERAGE]
     if of_average and not all(map(_averages, space.branches)):
         yield (
             f"search.metric: {of_average[0]} is of averaged weights, and not all trials have ema; set it, such as ema: "
@@ -715,6 +797,11 @@ def _paused_trials_resume(space: Searched) -> Sentences:
             "stopping: pausing needs trials of this package, which resume from their checkpoints; use halving for a "
             "trainable of your own"
         )
+    elif isinstance(space.stopping, Pausing) and space.search.num_samples is None:
+        yield (
+            "stopping: pausing needs num_samples, because all trials begin before the first goes on; set it, or use "
+            "halving"
+        )
 
 
 def _brackets_have_trials(space: Searched) -> Sentences:
@@ -757,6 +844,16 @@ def _gpu_hours_end(space: Searched) -> Sentences:
         yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
 
 
+def _endless_search_has_a_budget(space: Searched) -> Sentences:
+    """Reject a search that neither a number of trials nor a budget of time ends."""
+    search = space.search
+    if search.num_samples is None and not set(TIME_BUDGETS) & search.budgets.keys():
+        yield (
+            "num_samples: null is until a budget is spent, and there is none; set time_budget_s, gpu_hours or "
+            "cpu_hours, or a number of trials"
+        )
+
+
 SEARCH_RULES = (
     _sampler_is_installed,
     _sampler_proposes_choices,
@@ -766,6 +863,7 @@ SEARCH_RULES = (
     _gp_can_list_values,
     _sampler_has_several_metrics,
     _parameters_differ,
+    _constraints_can_be_met,
     _stopping_judges_by_one_metric,
     _generations_are_whole,
     _halving_stops_trials,
@@ -774,6 +872,7 @@ SEARCH_RULES = (
     _median_has_few_rungs,
     _median_begins,
     _gpu_hours_end,
+    _endless_search_has_a_budget,
 )
 """Rules in the order in which their problems are reported, all of them at once."""
 
@@ -791,8 +890,25 @@ def _validation_is_kept(space: Space) -> Sentences:
 def _objectives_have_trials(space: Space) -> Sentences:
     """Reject fewer trials than objectives."""
     search, objectives = space.search, len(space.branches)
-    if search.num_samples < objectives and search.split:
+    if search.most_trials < objectives and search.split:
         yield f"search.num_samples: {objectives} objectives share it equally, got {search.num_samples}"
+
+
+def _points_can_be_tried(space: Space) -> Sentences:
+    """Reject first points outside of the space, and more of them than trials."""
+    found, problems = own_points(space.branches, space.search.points)
+    yield from problems
+    if space.search.points and isinstance(space.sampler, Grid):
+        yield "search.points: a grid is every combination once; leave them out, or choose a sampler"
+    share = share_of(space)
+    for group in space.groups:
+        names = {branch.objective for branch in group.branches}
+        count = sum(point.objective in names for point in found)
+        if count > share:
+            yield (
+                f"search.points: {count} of {' and '.join(sorted(names))}, and its share is {share} trials; raise "
+                "num_samples, or leave some out"
+            )
 
 
 def _is_searched_as_it_can_be(space: Space) -> Sentences:
@@ -807,20 +923,21 @@ SPACE_RULES = (
     _validation_is_kept,
     _objectives_have_trials,
     _is_searched_as_it_can_be,
+    _points_can_be_tried,
 )
 """Rules in the order in which they are checked; only the first broken one is reported."""
 
 
 def pinned(space: Space) -> Space:
-    """Return the same space with the local data's digest recorded; see `Dataset.pinned`."""
-    return with_digest(space, space.example.data.pinned().digest)
+    """Return the same space with the local data's digests recorded; see `Dataset.pinned`."""
+    return with_digests(space, space.example.data.pinned().digests)
 
 
-def with_digest(space: Space, digest: str | None) -> Space:
-    """Return the same space on data with this digest."""
-    if space.example.data.digest == digest:
+def with_digests(space: Space, digests: Mapping[str, str]) -> Space:
+    """Return the same space on data with these digests."""
+    if space.example.data.digests == digests:
         return space
-    data = {**space.tree["data"], "digest": digest}
+    data = {**space.tree["data"], **digests}
     found = build_space({**space.tree, "data": data})
     # a tree has no password
     return replace(found, notes=space.notes, search=space.search)
@@ -1032,7 +1149,7 @@ ONE_A_SWEEP = {*RUN_ONLY, "recipe", "data", "epochs", "seed", "batch_norm", "pre
 def _trials_can_be_compared(p: Parameter) -> Sentences:
     """Reject a searched setting that makes trials different runs, but not better ones."""
     top = p.path[0]
-    if top in ONE_A_SWEEP:
+    if top in ONE_A_SWEEP and p.path != ("data", "unlabelled_ratio"):
         yield f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared"
 
 
@@ -1206,6 +1323,7 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
     several = [tree["teachers"] for tree in trees if _needs_teacher(tree) and "teachers" in tree]
     return {
         **trees[0],
+        "data": trees[branches.index(_with_unlabelled(branches))]["data"],
         "teacher": (with_network or teachers)[0],
         **({"teachers": several[0]} if several else {}),
         "objective": objectives if len(objectives) > 1 else objectives[0],

@@ -3,6 +3,7 @@
     experiment.yaml                the resolved space, versions, git commit, seeds, command line
     study.journal                  Optuna's journal: proposals, values after every epoch, ends
     spent.json                     seconds of all drivers, and of all trials, for budgets
+    stop/                          what `tfkd stop` asks of the driver: a file a trial, or `sweep`
     trials/t0007-tfkd_reg/         one folder a trial
         trial.json                 number, objective, searched parameters, configuration, status, reason
         metrics.jsonl              one line an epoch
@@ -48,6 +49,7 @@ from tfkd_ray.settings.files import (
 )
 from tfkd_ray.settings.yaml import Numbers, Tree, Values, dump_yaml, read_yaml
 from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.limits import NO_LIMITS, Limits, as_limits, feasible_first, is_feasible
 
 STATUSES = ("running", "done", "stopped", "failed", "interrupted", "paused")
 MOST_JSON_BYTES = 2**26
@@ -64,6 +66,13 @@ VERSION = 1
 FULL_LENGTH = "full_length"
 """Key of a trial's last result: the user's own `RunConfig.stop` ended the trial, so it counts as of
 full length."""
+
+
+STOPPED_BY = "stopped_by"
+"""Key of a trial's last result: why it was stopped, if not by early stopping."""
+STOPS, WHOLE_SWEEP = "stop", "sweep"
+"""Folder of an experiment with what `tfkd stop` asks of its driver; the request to stop everything.
+Each other file there is called as the trial to stop."""
 
 
 def as_number(value: Any) -> float | None:
@@ -85,6 +94,19 @@ def as_number(value: Any) -> float | None:
 def trials_folder(experiment: Path) -> Path:
     """Return the folder of the trials' folders, which is Ray Tune's experiment directory."""
     return experiment / "trials"
+
+
+def stop_requests(experiment: Path) -> set[str]:
+    """Return what is asked of an experiment's driver: names of trials, or `WHOLE_SWEEP`."""
+    folder = experiment / STOPS
+    if folder.is_symlink():
+        return set()
+    try:
+        with os.scandir(folder) as entries:
+            found = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+    except OSError:  # nothing was asked
+        return set()
+    return {name for name in found if not name.endswith(PART)}
 
 
 @dataclass(frozen=True)
@@ -169,6 +191,13 @@ def selection_metric(experiment: Path) -> str:
     about = read_experiment(experiment)
     with damaged(experiment / "experiment.yaml"):
         return scores.score_of(about["space"]["search"]["metric"]).key
+
+
+def selection_limits(experiment: Path) -> Limits:
+    """Return the constraints that a sweep's best trial should meet."""
+    about = read_experiment(experiment)
+    with damaged(experiment / "experiment.yaml"):
+        return as_limits(about["space"]["search"].get("constraints"))
 
 
 def read_records(experiment: Path) -> list[Record]:
@@ -577,18 +606,19 @@ class _Judged(Protocol):
 _J = TypeVar("_J", bound=_Judged)
 
 
-def ranked_trials(records: Iterable[_J], metric: str) -> list[_J]:
+def ranked_trials(records: Iterable[_J], metric: str, limits: Limits = NO_LIMITS) -> list[_J]:
     """Return full-length trials, best first by a metric; of equals the first one first.
 
-    Trials whose value is NaN are left out.
+    Trials whose value is NaN are left out. Those that meet the limits come before the others.
     """
     full = sorted((r for r in records if r.status == "done"), key=lambda r: r.number)
-    return scores.ranked(full, metric, lambda r: r.last.get(metric, math.nan))
+    ranked = scores.ranked(full, metric, lambda r: r.last.get(metric, math.nan))
+    return feasible_first(ranked, limits, lambda r: r.last)
 
 
-def best(records: Iterable[_J], metric: str) -> _J | None:
+def best(records: Iterable[_J], metric: str, limits: Limits = NO_LIMITS) -> _J | None:
     """Return the first of `ranked_trials`; None if no trial of full length has a value."""
-    return next(iter(ranked_trials(records, metric)), None)
+    return next(iter(ranked_trials(records, metric, limits)), None)
 
 
 def furthest(records: Iterable[_J], metric: str) -> _J | None:
@@ -599,8 +629,8 @@ def furthest(records: Iterable[_J], metric: str) -> _J | None:
     return next(iter(scores.ranked(there, metric, lambda r: r.last.get(metric, math.nan))), None)
 
 
-def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
-    """Return the full-length trials that no other beats.
+def pareto(records: Iterable[_J], metrics: Sequence[str], limits: Limits = NO_LIMITS) -> list[_J]:
+    """Return the full-length trials that no other beats, of those that meet the limits if any does.
 
     A trial beats another if it is at least as good in every metric and better in one.
 
@@ -612,6 +642,7 @@ def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
 
     full = [(values(r), r) for r in records if r.status == "done"]
     full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]
+    full = [(v, r) for v, r in full if is_feasible(limits, r.last)] or full
     front = [
         (v, r)
         for v, r in full

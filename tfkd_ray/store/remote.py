@@ -7,6 +7,7 @@ writer:
     the driver          everything but what follows: uploaded as it changes, the study last, by `Upload`
     a trial's process   its run state, weights and error (`OF_TRIALS`), by `send`; fetched by `bring` where it starts
     a teacher's task    its folder below teachers/
+    stop/               what `tfkd stop` asks of the driver, which removes it when it is done
     driver.json         which driver holds the experiment, refreshed with every upload; see `Claim`
 
 Credentials come from the environment or from the node's role, as pyarrow's S3 and Google clients find them; an endpoint
@@ -37,7 +38,7 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import cache_folder, opened, whole_file, write_text
 from tfkd_ray.settings.passwords import shown, without_secrets
 from tfkd_ray.settings.yaml import Tree
-from tfkd_ray.store.experiment import damaged, parse_json, read_text
+from tfkd_ray.store.experiment import STOPS, damaged, parse_json, read_text
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -545,7 +546,11 @@ class Upload:
 
     def _ours(self, path: Path) -> bool:
         inside = path.relative_to(self._experiment).parts
-        if inside[0] == "groups" or path.name in ("driver.lock", "study.journal.lock", DRIVER_FILE):
+        if inside[0] in ("groups", STOPS) or path.name in (
+            "driver.lock",
+            "study.journal.lock",
+            DRIVER_FILE,
+        ):
             return False
         if inside[0] == "trials" and len(inside) == 2:  # Ray Tune's own files, which nothing reads
             return False

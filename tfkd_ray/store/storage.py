@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import expanded
+from tfkd_ray.settings.files import expanded, write_text
 from tfkd_ray.store import experiment, remote
 from tfkd_ray.store.remote import Claim, Store, Want
 
@@ -109,6 +109,27 @@ class Storage:
         None: nothing needs to be uploaded.
         """
         return None
+
+    look_s = 1.0
+    """Seconds between a driver's looks for requests."""
+
+    def request(self, name: str, what: str) -> None:
+        """Ask an experiment's driver to stop a trial, or everything; asking again changes nothing."""
+        folder = self.folder / name / experiment.STOPS
+        if folder.is_symlink():
+            raise ConfigError(
+                f"is a link to {folder.readlink()}; put a folder there, or remove it", folder
+            )
+        folder.mkdir(exist_ok=True)
+        write_text(folder / what, "asked by tfkd stop\n")
+
+    def requests(self, name: str) -> set[str]:
+        """Return what is asked of an experiment's driver; an OSError if a bucket does not answer."""
+        return experiment.stop_requests(self.folder / name)
+
+    def withdraw(self, name: str, what: str) -> None:
+        """Remove a request, if it is there; an OSError if a bucket does not answer."""
+        (self.folder / name / experiment.STOPS / what).unlink(missing_ok=True)
 
     def hold(self, name: str) -> Claim | None:
         """Claim an experiment for this driver; a ConfigError names the driver that holds it.
@@ -232,6 +253,20 @@ class Mirror(Storage):
                 self.send(state)
 
         return upload
+
+    look_s = 5.0
+
+    def request(self, name: str, what: str) -> None:
+        with remote.said(self.store):
+            self.store.write(f"{name}/{experiment.STOPS}/{what}", b"asked by tfkd stop\n")
+
+    def requests(self, name: str) -> set[str]:
+        found = self.store.objects(f"{name}/{experiment.STOPS}")
+        return {below.rpartition("/")[2] for below in found}
+
+    def withdraw(self, name: str, what: str) -> None:
+        super().withdraw(name, what)  # a reading command may have fetched it
+        self.store.remove(f"{name}/{experiment.STOPS}/{what}")
 
     def hold(self, name: str) -> Claim:
         claim = Claim(self.store, name)
