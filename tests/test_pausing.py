@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ray import tune
@@ -19,6 +20,7 @@ from tfkd_ray.learn.checkpoint import LAST
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping, copy_trials
+from tfkd_ray.run.stops import Stops
 from tfkd_ray.run.studies import EachOnce
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
@@ -28,6 +30,7 @@ from tfkd_ray.show.status import status, status_lines
 from tfkd_ray.space.pausing import Action, Entrant, next_action, promotable
 from tfkd_ray.space.space import Space, build_space
 from tfkd_ray.store.experiment import Record, read_experiment, read_records
+from tfkd_ray.store.storage import Directory, Experiment
 
 RUNGS = [3, 9]
 EPOCHS = 27
@@ -351,6 +354,40 @@ def test_more_trials_of_an_ended_search_leave_its_paused_trials_as_they_are(
     assert len(after) == 18 and {n: after[n] for n in before} == before
 
 
+def test_a_paused_trial_that_is_given_up_never_goes_on_also_after_a_kill(tmp_path: Path) -> None:
+    at = space(num_samples=3, baselines=False, split=False)
+    driver = Driver(tmp_path / "journal", at, Counter())
+    rates = {}
+    for n, name in enumerate(("a", "b")):
+        config = driver.searcher.suggest(name)
+        assert isinstance(config, dict) and driver.trial(name, config) == "paused at 1"
+        rates[n] = abs(config["optim"]["lr"] - 0.1)
+    best = min(rates, key=lambda n: rates[n])
+    driver.searcher.end_early(best, {})
+    resumed = Driver(tmp_path / "journal", at, Counter())
+    resumed.run()
+    states = {n: state for n, (state, _, _) in ends(resumed.searcher).items()}
+    assert states[best] == "PRUNED" and list(states.values()).count("COMPLETE") == 1
+
+
+def test_tfkd_stop_gives_up_a_paused_trial_once_the_study_has_it(tmp_path: Path) -> None:
+    found, given_up = set[int](), list[set[int]]()
+    stops = Stops(Experiment(Directory(tmp_path), "e"))
+    stops.searcher = cast(Any, SimpleNamespace(paused=lambda: found, give_up=given_up.append))
+    about = {"name": "t0007-ce", "number": 7, "epochs": 9, "parameters": {}}
+    trial = SimpleNamespace(trial_id="a", config={"trial": about})
+    stops._asked = {"t0007-ce"}
+    stops.on_start(trial, {})
+    stops.on_step()
+    stops.on_pause(trial)
+    stops.on_step()
+    assert given_up == []
+    found.add(7)
+    stops.on_step()
+    stops.on_step()
+    assert given_up == [{7}]
+
+
 def test_concurrent_trials_are_those_that_run_not_those_that_are_paused(tmp_path: Path) -> None:
     driver = Driver(tmp_path / "journal", space(), Counter())
     searcher = driver.searcher
@@ -378,6 +415,8 @@ def test_pausing_is_refused_where_trials_cannot_be_resumed_or_there_are_several_
 ) -> None:
     with pytest.raises(ConfigError, match="pausing judges by one metric"):
         space(metric=["val_accuracy", "val_ece"])
+    with pytest.raises(ConfigError, match="pausing needs num_samples"):
+        space(num_samples=None, time_budget_s=60)
     with pytest.raises(ConfigError, match="pausing needs trials of this package"):
         OptunaSearcher(
             {"x": tune.uniform(0, 1)}, tmp_path / "j", epochs=9, search={"stopping": "pausing"}
