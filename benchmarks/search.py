@@ -3,6 +3,7 @@
     python benchmarks/search.py fashion [--repeats 20] [--pairs tpe:halving,random:none] [--figure FILE.svg]
     python benchmarks/search.py fashion --surrogate          how well the table answers for what was not measured
     python benchmarks/search.py digits --warnings            how often a sweep warns of its early stopping
+    python benchmarks/search.py digits --regret --pairs tpe:halving,tpe:pausing [--at-once 8]
 
 A replay is a sweep by this package's searcher and stopping rule, without Ray, which looks epochs up
 instead of training. In repeat r, the goal is the best value of a random search with 64 full-length
@@ -12,9 +13,17 @@ one of its full-length trials is as good, at most twice the epochs of that rando
 A configuration that was not measured gets a measured run (seed 0, same objective) by predictive
 mean matching: a forest's out-of-fold curves select the 5 most similar runs, of which the one with
 the nearest settings is used. So every curve is real, with its noise.
+
+With `--regret`, the result is what is lost after a share of the random search's epochs: for each
+objective, the setting that would be chosen (of the trials with most epochs, the one with the best
+value), as points below the best of that objective, both by the forest, so without a run's noise. The
+mean over objectives, and the winner over all objectives against the best of all. Differences to the
+first pair are of the same seeds and epochs. A search that pauses is one that `tfkd plan` puts within
+the share, at its end. All of it holds for this table and this forest.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -23,7 +32,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -31,14 +40,15 @@ from curves import SPACES, Table, load
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from scipy.stats import spearmanr
+from scipy.stats import t as student_t
 from sklearn.base import clone
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import KFold
 
 import tfkd_ray.run.searcher
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
-from tfkd_ray.show.receipt import fidelity_warnings, rank_correlations
-from tfkd_ray.space.search_config import Halving
+from tfkd_ray.show.receipt import expected_epochs, fidelity_warnings, rank_correlations
+from tfkd_ray.space.search_config import Halving, Pausing
 from tfkd_ray.space.space import Parameter, Space, build_space
 from tfkd_ray.store.experiment import Record
 
@@ -55,15 +65,24 @@ class Surrogate:
         self._x, self._curves = x, curves
         y = np.nan_to_num(curves, nan=0.1)  # a diverged run guesses
         self.forest = ExtraTreesRegressor(TREES, min_samples_leaf=2, random_state=0).fit(x, y)
+        self.known: np.ndarray = self.forest.predict(x)[:, -1]
         self._guess = np.empty_like(y)
         for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(x):
             self._guess[held] = clone(self.forest).fit(x[fit], y[fit]).predict(x[held])
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
         """Return the curve of a configuration."""
-        alike = ((self._guess - self.forest.predict(at[None])) ** 2).sum(axis=1).argsort()[:DONORS]
+        alike = ((self._guess - self.predicted(at)) ** 2).sum(axis=1).argsort()[:DONORS]
         curve: np.ndarray = self._curves[alike[((self._x[alike] - at) ** 2).sum(axis=1).argmin()]]
         return curve
+
+    def predicted(self, at: np.ndarray) -> np.ndarray:
+        """Return the forest's curve of one configuration, without scikit-learn's preparations."""
+        x = at[None].astype(np.float32)
+        found: np.ndarray = np.zeros(self._curves.shape[1])
+        for tree in self.forest.estimators_:
+            found += tree.tree_.predict(x)[0, :, 0]
+        return found / len(self.forest.estimators_)
 
     def drawn(self, rng: np.random.Generator) -> np.ndarray:
         """Return the curve of a random run."""
@@ -78,6 +97,13 @@ class World:
         self.epochs = table.space.epochs
         self._parameters = {b.objective: b.parameters for b in table.space.branches}
         self._of = {name: Surrogate(x, curves) for name, x, curves in runs(table)}
+        self.best = {name: float(of.known.max()) for name, of in self._of.items()}
+        """The best final value of each objective that its forest knows."""
+
+    def known(self, objective: str, parameters: dict[str, Any]) -> float:
+        """Return a configuration's final value by the forest, without the noise of a run."""
+        at = np.array(places(self._parameters[objective], parameters))
+        return float(self._of[objective].predicted(at)[-1])
 
     def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
         """Return validation accuracies after every epoch; NaN from where training diverges."""
@@ -192,6 +218,17 @@ def surrogate(table: Table) -> Iterator[str]:
     yield from lines
 
 
+class Seen(NamedTuple):
+    """An epoch of a replay."""
+
+    spent: int
+    """Epochs spent so far, over all trials."""
+    trial: str
+    about: dict[str, Any]
+    epoch: int
+    value: float
+
+
 def replay(
     space: Space,
     world: World,
@@ -200,23 +237,31 @@ def replay(
     goal: float = math.inf,
     at_once: int = 1,
     ended: list[Record] | None = None,
+    seen: list[Seen] | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Yield (epochs spent, value) of a sweep's full-length trials, to `most` epochs or the goal.
 
     Args:
         ended: receives all trials that end.
+        seen: receives all epochs.
     """
     searcher = OptunaSearcher(space, Path("in memory"))
     stopping = StudyStopping(searcher)
+    searcher.judges = True
     live: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}
+    paused: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}
     spent, asked, open_ = 0, 0, True
     while spent < most and (open_ or live):
         while open_ and len(live) < at_once:
+            if searcher.pauses and (promoted := searcher.promoted()):
+                live[promoted] = paused.pop(promoted)
+                continue
             proposal = searcher.suggest(f"id{asked}")
             if proposal == Searcher.FINISHED:
                 open_ = False
+            if not isinstance(proposal, dict):
+                assert live or not open_, "a search waits, and nothing runs"
                 break
-            assert isinstance(proposal, dict)
             about = {
                 "objective": proposal["objective"]["name"],
                 "parameters": proposal["trial"]["parameters"],
@@ -227,16 +272,19 @@ def replay(
             spent += 1
             epoch, value = before + 1, float(curve[before])
             live[trial_id] = (about, curve, epoch)
+            if seen is not None:
+                seen.append(Seen(spent, trial_id, about, epoch, value))
             result: dict[str, Any] = {"epoch": epoch, space.search.metric: value}
             if math.isnan(value):
                 result = {"failed": "Diverged", "done": True}
                 stop = True
             else:
-                stop = (
-                    stopping.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
-                    == TrialScheduler.STOP
-                )
+                told = stopping.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
+                stop = told == TrialScheduler.STOP
                 searcher.on_trial_result(trial_id, result)
+                if told == TrialScheduler.PAUSE:
+                    searcher.pause(trial_id)
+                    paused[trial_id] = live.pop(trial_id)
             if stop or epoch == space.epochs:
                 searcher.on_trial_complete(trial_id, result)
                 del live[trial_id]
@@ -262,6 +310,98 @@ def replay(
                     yield spent, value
                     if value >= goal:
                         return
+
+
+class Regret(NamedTuple):
+    """Points below the best that is known, by the forest, after a share of the epochs."""
+
+    mean: float
+    """Over objectives."""
+    winner: float
+    """Of the best choice over all objectives."""
+    whole: int
+    """Objectives that have a full-length trial."""
+
+
+def regret_of(world: World, space: Space, seen: Sequence[Seen], most: float) -> Regret:
+    """Return what is lost by the choices after `most` epochs."""
+    levels = [*space.rungs, space.epochs]
+    best: dict[str, tuple[int, float, dict[str, Any]]] = {}
+    for at in seen:
+        if at.spent > most:
+            break
+        name = at.about["objective"]
+        if at.epoch in levels and not math.isnan(at.value):
+            found = (at.epoch, at.value, at.about["parameters"])
+            best[name] = max(best.get(name, found), found, key=lambda f: f[:2])
+    names = [branch.objective for branch in space.branches]
+    ends = {name: world.known(name, best[name][2]) for name in names if name in best}
+    lost = [world.best[name] - ends.get(name, 0.0) for name in names]
+    winner = max(best, key=lambda name: best[name][:2])
+    return Regret(
+        100 * statistics.mean(lost),
+        100 * (max(world.best.values()) - ends[winner]),
+        sum(best[name][0] == space.epochs for name in best),
+    )
+
+
+def regrets(
+    table: Table, world: World, pairs: Sequence[str], repeats: int, at_once: int
+) -> Iterator[str]:
+    """Yield a table of regrets after shares of the random search's epochs."""
+    whole, shares = TRIALS * world.epochs, (0.1, 0.2, 0.3, 0.5, 0.9)
+    found: dict[tuple[str, float], list[tuple[float, Regret, Regret]]] = {}
+    for repeat in range(repeats):
+        usual, epochs = search_of(table, pairs[0], repeat), list[Seen]()
+        run_out(replay(usual, world, most=whole, at_once=at_once, seen=epochs))
+        for pair, share in itertools.product(pairs, shares):
+            space, seen, spent = search_of(table, pair, repeat), epochs, share * whole
+            if isinstance(space.stopping, Pausing):
+                space, seen = planned(table, pair, repeat, spent), list[Seen]()
+                run_out(replay(space, world, most=math.inf, at_once=at_once, seen=seen))
+                spent = seen[-1].spent
+            elif pair != pairs[0]:
+                seen = list[Seen]()
+                run_out(replay(space, world, most=spent, at_once=at_once, seen=seen))
+            here, first = (
+                regret_of(world, space, seen, spent),
+                regret_of(world, usual, epochs, spent),
+            )
+            found.setdefault((pair, share), []).append((spent / whole, here, first))
+    yield "| search | of | epochs | mean over objectives | difference | winner | difference | with full length |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for pair, share in itertools.product(pairs, shares):
+        rows = found[pair, share]
+        row = [pair, f"{share:g}", f"{statistics.mean(spent for spent, _, _ in rows):.2f}"]
+        for part in (0, 1):
+            less = [here[part] - first[part] for _, here, first in rows]
+            row.append(estimate([here[part] for _, here, _ in rows]))
+            row.append(estimate(less) if pair != pairs[0] else "-")
+        row.append(f"{statistics.mean(here.whole for _, here, _ in rows):.1f}")
+        yield "| " + " | ".join(row) + " |"
+
+
+def run_out(steps: Iterator[Any]) -> None:
+    """Run a replay to its end."""
+    for _ in steps:
+        pass
+
+
+def planned(table: Table, pair: str, seed: int, epochs: float) -> Space:
+    """Return the largest search with pausing that `tfkd plan` puts within a number of epochs."""
+    each = len(table.space.branches)
+    for trials in itertools.count(1):
+        more = search_of(table, pair, seed, num_samples=each * (trials + 1))
+        if each * expected_epochs(more, trials + 1) > epochs:
+            return search_of(table, pair, seed, num_samples=each * trials)
+    raise AssertionError("no search is too large")
+
+
+def estimate(values: Sequence[float]) -> str:
+    """Return mean, standard error and 95 % interval (Student's t)."""
+    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    most = float(student_t.ppf(0.975, len(values) - 1)) * error
+    return f"{mean:.2f} ± {error:.2f} ({mean - most:.2f} to {mean + most:.2f})"
 
 
 def search_of(table: Table, pair: str, seed: int, **more: Any) -> Space:
@@ -348,6 +488,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="trials at a time")
     parser.add_argument("--surrogate", action="store_true")
     parser.add_argument("--warnings", action="store_true")
+    parser.add_argument("--regret", action="store_true")
     parser.add_argument(
         "--trials", type=int, default=240, help="with --warnings: trials of a sweep"
     )
@@ -362,6 +503,12 @@ def main() -> None:
         print("\n".join(warnings(table, args.repeats, args.trials)))
         return
     world = World(table)
+    if args.regret:
+        pairs = args.pairs.split(",")
+        print(f"{args.table}, {args.repeats} repeats, {args.at_once} at a time")
+        for line in regrets(table, world, pairs, args.repeats, args.at_once):
+            print(line, flush=True)
+        return
     goals = [goal_of(table, world, repeat) for repeat in range(args.repeats)]
     print(
         f"{args.table}: best of a random search {min(goals):.4f} to {max(goals):.4f}, {args.repeats} repeats"

@@ -37,6 +37,7 @@ from torch import nn
 from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_state, load_weights
 from tfkd_ray.learn.soft_labels import Bank
 from tfkd_ray.run.callbacks import Losses
+from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml
@@ -153,9 +154,14 @@ def trained(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("place", ["journal", "SQLite"])
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("at_once, stopping", [(1, "halving"), (1, "pausing"), (2, "none")])
 def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
-    ray_cluster: str, tmp_path: Path, moments: random.Random, place: str, at_once: int
+    ray_cluster: str,
+    tmp_path: Path,
+    moments: random.Random,
+    place: str,
+    at_once: int,
+    stopping: str,
 ) -> None:
     """One trial at a time: bit by bit, with stopping. Several: each grid point's value."""
     lr = (
@@ -163,12 +169,8 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
         if at_once > 1
         else TREE["optim"]["lr"]
     )
-    search = {"num_samples": 8, "max_concurrent": at_once}
-    search |= (
-        {"sampler": "grid"}
-        if at_once > 1
-        else {"stopping": "halving", "sampler": {"name": "tpe", "startup": 3}}
-    )
+    search = {"num_samples": 8, "max_concurrent": at_once, "stopping": stopping}
+    search |= {"sampler": "grid" if at_once > 1 else {"name": "tpe", "startup": 3}}
 
     def space(name: str) -> dict[str, Any]:
         url = {"storage": f"sqlite:///{tmp_path}/{name}.db"} if place == "SQLite" else {}
@@ -242,6 +244,51 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
     assert [r.number for r in read_records(experiment)] == list(range(8))
     assert_no_orphans(experiment)
     wait(lambda: ray.available_resources().get("CPU") == 2, "the killed drivers' trials are gone")
+
+
+def drive_until(moment: str, space: dict[str, Any], storage: Path, address: str) -> None:
+    """Run a driver that gets signal 9 at its second pause, or at its first promotion."""
+    pause, attempt, pauses = OptunaSearcher.pause, OptunaSearcher._attempt, list[str]()
+
+    def paused(searcher: OptunaSearcher, trial_id: str) -> None:
+        pauses.append(trial_id)
+        if moment == "between save and pause" and len(pauses) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        pause(searcher, trial_id)
+
+    def promoted(searcher: OptunaSearcher, n: int, rung: int) -> int:
+        found = attempt(searcher, n, rung)
+        if moment == "between promotion and start":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    OptunaSearcher.pause, OptunaSearcher._attempt = paused, promoted  # type: ignore[method-assign]
+    drive(space, storage, address)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("moment", ["between save and pause", "between promotion and start"])
+def test_a_driver_killed_while_a_trial_pauses_or_goes_on_ends_as_if_undisturbed(
+    ray_cluster: str, tmp_path: Path, moment: str
+) -> None:
+    search = {"num_samples": 9, "stopping": "pausing", "sampler": {"name": "tpe", "startup": 3}}
+    space = tree(search, epochs=9, checkpoint_every_s=1000)
+    build_tuner(space, name="whole", storage=tmp_path).fit()
+    context = multiprocessing.get_context("forkserver")
+    driver = context.Process(target=drive_until, args=(moment, space, tmp_path, ray_cluster))
+    driver.start()
+    driver.join(150)
+    assert driver.exitcode == -signal.SIGKILL, (tmp_path / "driver.log").read_text()[-3000:]
+    experiment = tmp_path / "e"
+    before = {r.name: r.metrics for r in read_records(experiment)}
+    assert before and outcome(experiment) != outcome(tmp_path / "whole")
+    resume_tuner(experiment).fit()
+    assert outcome(experiment) == outcome(tmp_path / "whole")
+    for record in read_records(experiment):  # also the times: no epoch was trained again
+        kept = before.get(record.name, [])
+        assert record.metrics[: len(kept)] == kept
+    assert_no_orphans(experiment)
+    assert not list(experiment.glob("trials/*/*.ckpt"))
 
 
 @pytest.mark.timeout(300)

@@ -106,6 +106,28 @@ def test_piped_it_says_one_line_an_event(tmp_path: Path) -> None:
     ]
 
 
+def test_a_paused_trial_is_counted_and_its_going_on_is_said(tmp_path: Path) -> None:
+    progress, out = view(tmp_path / "e", stopping="pausing")
+    for name in ("t0000-ce", "t0001-ce"):
+        trial = start(progress, name, directory=str(tmp_path / "e" / "trials" / name))
+        tell(progress, trial, 1, 0.5)
+        progress.on_trial_save(0, [], trial)
+    progress.on_trial_start(0, [], trial)
+    lines = progress.lines(80, 24)
+    assert "0 of 4 trials, 1 running, 1 paused, 0:00" in lines[0]
+    assert any(line.split() == ["paused", "there", "1", "0"] for line in lines)
+    trial.last_result = {"epoch": 1}
+    progress.on_trial_save(0, [], trial)
+    progress.on_trial_complete(0, [], trial)
+    assert progress.lines(80, 24)[0].startswith("e: 1 of 4 trials, 0 running, 1 paused, 0:00")
+    assert out.getvalue().splitlines()[2:] == [
+        "t0001-ce: started",
+        "t0001-ce: paused at epoch 1, val_accuracy 0.5000",
+        "t0001-ce: goes on",
+        "t0001-ce: paused at epoch 1, val_accuracy 0.5000",
+    ]
+
+
 def test_it_says_how_it_stands_to_the_second_and_the_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,7 +295,7 @@ def test_the_packing_is_that_of_the_largest_trial() -> None:
 
 
 def test_a_plan_of_a_thousand_million_trials_is_arithmetic() -> None:
-    for stopping in ("halving", "hyperband", "median", "none"):
+    for stopping in ("halving", "pausing", "hyperband", "median", "none"):
         started = time.monotonic()
         found = plan(
             load_space(

@@ -566,7 +566,7 @@ def test_csv_json_and_table_say_the_same(sweep: Path) -> None:
 QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "filter without a value": ({"filter": ["objective"]}, "--filter 'objective': needs FIELD, one of = != < <= > >=, and a value"),
     "filter by what is not there": ({"filter": ["val_acuracy>0.9"]}, "no such field 'val_acuracy'; did you mean 'val_accuracy'?"),
-    "status that is none": ({"filter": ["status=finished"]}, "no such status; known: done, failed, interrupted, running, stopped"),
+    "status that is none": ({"filter": ["status=finished"]}, "no such status; known: done, failed, interrupted, paused, running, stopped"),
     "objective that is none": ({"filter": ["objective=kd_standard"]}, "no such objective; did you mean 'kd_standardised'?"),
     "text with <": ({"filter": ["lr<low"]}, "--filter 'lr<low': < needs a number, got 'low'"),
     "sort": ({"sort": "accuracy"}, "--sort: no such field 'accuracy'; did you mean 'val_accuracy'?"),

@@ -21,6 +21,7 @@ from urllib.parse import quote
 import boto3
 import pytest
 from conftest import ROOT
+from ray import tune
 from test_kill_points import comparison
 
 from tfkd_ray.cli.main import main
@@ -732,6 +733,45 @@ def outcome(experiment: Path) -> list[tuple[Any, ...]]:
         (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
         for r in read_records(experiment)
     ]  # fmt: skip
+
+
+class OtherNode(tune.Callback):  # type: ignore[misc]
+    """Empties the cache of run states where trials run, when one pauses: it goes on elsewhere."""
+
+    def __init__(self) -> None:
+        self.starts: list[str] = []
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.starts.append(trial.trial_id)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if not any(t.status == "RUNNING" for t in trials):
+            for path in Path(NODE).rglob("last.ckpt"):
+                path.unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_paused_trial_goes_on_from_its_checkpoint_in_the_bucket(
+    ray_cluster: str, bucket: str, server: Server, tmp_path: Path
+) -> None:
+    search = {"num_samples": 12, "sampler": "random", "max_concurrent": 1}
+    tree = {**TREE, "objective": "ce", "epochs": 9, "checkpoint_every_s": 1000}
+    whole = {**tree, "search": {**search, "stopping": "none"}}
+    build_tuner(whole, name="whole", storage=tmp_path).fit()
+    node, notes = OtherNode(), list[str]()
+    pausing = {**tree, "search": {**search, "stopping": "pausing"}}
+    build_tuner(pausing, name="e", storage=bucket, callbacks=[node], on_note=notes.append).fit()
+    assert len(node.starts) > len(set(node.starts)) == 12 and notes == []
+    found = outcome(remote.store_at(bucket).folder / "e")
+    for (n, status, parameters, metrics), plain in zip(
+        found, outcome(tmp_path / "whole"), strict=True
+    ):
+        assert (n, parameters, metrics) == (plain[0], plain[2], plain[3][: len(metrics)])
+        assert status == ("done" if len(metrics) == 9 else "stopped")
+    objects = {key.removeprefix("lab/me/"): content for key, content in server.objects().items()}
+    told = [json.loads(c)["status"] for k, c in objects.items() if k.endswith("trial.json")]
+    assert len(told) == 12 and set(told) == {"done", "stopped"}
 
 
 @pytest.mark.slow

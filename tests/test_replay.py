@@ -79,3 +79,19 @@ def test_the_default_matches_a_random_search_of_64_trials_in_a_quarter_of_its_ep
     goals = [replays.goal_of(table, world, r) for r in range(10)]
     spent = [replays.spent_until(table, world, default, r, goal) for r, goal in enumerate(goals)]
     assert statistics.median(spent) <= 0.25 and sum(map(math.isfinite, spent)) >= 9, spent
+
+
+def test_a_replay_pauses_and_promotes_as_a_sweep_and_its_regret_falls(replays: Any) -> None:
+    space = replays.search_of(replays.table, "random:pausing", 0, num_samples=40)
+    seen: list[Any] = []
+    ends = list(replays.replay(space, replays.world, most=10**6, at_once=3, seen=seen))
+    assert [at.spent for at in seen] == list(range(1, len(seen) + 1))
+    epochs: dict[str, list[int]] = {}
+    for at in seen:
+        epochs.setdefault(at.trial, []).append(at.epoch)
+    assert all(found == list(range(1, len(found) + 1)) for found in epochs.values())
+    assert len(epochs) == 40 and {len(found) for found in epochs.values()} <= {3, 9, 27}
+    assert 5 <= len(ends) == sum(len(found) == 27 for found in epochs.values()) < 12
+    early, late = (replays.regret_of(replays.world, space, seen, most) for most in (60, len(seen)))
+    assert late.whole == 5 > early.whole and late.mean < early.mean
+    assert replays.estimate([1.0, 2.0, 3.0]) == "2.00 ± 0.58 (-0.48 to 4.48)"

@@ -187,7 +187,7 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print the best trial beside the best baseline; after a full sweep also the next step."""
     from tfkd_ray.show.receipt import receipt_lines
     from tfkd_ray.space.search_config import Grid
-    from tfkd_ray.store.experiment import best, read_records
+    from tfkd_ray.store.experiment import best, furthest, read_records
 
     records = read_records(experiment)
     count = Counter(record.status for record in records)
@@ -198,7 +198,12 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
             "no trial of full length yet" if records else "no trial had begun when the sweep ended"
         )
         print(f"{begun}, so there is no best one")
-        return FAILED if count["failed"] and not count["interrupted"] else OK
+        if ahead := furthest(records, space.search.metric):
+            print(
+                f"best of the highest rung: {ahead.name}, {space.search.metric} "
+                f"{ahead.last[space.search.metric]:.4f} at epoch {ahead.last['epoch']:.0f} of {space.epochs}"
+            )
+        return FAILED if count["failed"] and not count["interrupted"] + count["paused"] else OK
     _print_best(space, records, winner)
     print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and the best")
@@ -223,7 +228,7 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
     from tfkd_ray.show.status import spent
     from tfkd_ray.store.experiment import gone_sentence, gone_trials
 
-    cut = f", {count['interrupted']} interrupted" if count["interrupted"] else ""
+    cut = "".join(f", {count[s]} {s}" for s in ("interrupted", "paused") if count[s])
     print(
         f"{len(records)} trials, {spent(experiment)['seconds']:.0f} s: {count['done']} of full length, "
         f"{count['stopped']} stopped early, {count['failed']} failed{cut}"

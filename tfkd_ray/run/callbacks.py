@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class Recorder(Listener):
     ) -> None:
         self._lines: dict[str, list[str]] = {}
         self._begun: set[str] = set()
+        self._paused: set[str] = set()
+        self._go_on: dict[str, int] = {}
         self._over: list[Path] = []
         self._losses, self._budget, self._note = losses, budget, on_note or to_stderr
         self._stops = stops
@@ -80,9 +83,12 @@ class Recorder(Listener):
         folder = self._folder(trial)
         self._make_again(trial)
         metrics = read_metrics(folder)
+        if (folder / "trial.json").exists() and read_record(folder).status == "paused":
+            self._go_on[trial.trial_id] = len(metrics)
         self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
         self._make(trial)  # without a half-written line that a crash left
         self._begun.add(trial.trial_id)
+        self._paused.discard(trial.trial_id)
         for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
             (folder / left).unlink(missing_ok=True)
         self._write(trial, "running")
@@ -121,15 +127,39 @@ class Recorder(Listener):
         if again and not metrics.get("done"):
             self._write(trial, "running")
 
+    def _check_goes_on(self, trial: Any, result: Tree) -> None:
+        """Report a trial that was paused and trains known epochs again, for want of a checkpoint.
+
+        Epochs that a checkpoint remembers are reported again with the durations that they had.
+        """
+        known, epoch = self._go_on.get(trial.trial_id, 0), result.get("epoch", 0)
+        if epoch >= known or result.get("failed"):
+            self._go_on.pop(trial.trial_id, None)
+        if not 1 <= epoch <= known:
+            return
+        before = json.loads(self._lines[trial.trial_id][int(epoch) - 1])
+        if before.get("seconds") != result.get("seconds"):
+            self._go_on.pop(trial.trial_id, None)
+            self._note(
+                f"{self._folder(trial).name}: its checkpoint of epoch {known}, where it paused, is gone or damaged; it "
+                f"trains again from epoch {epoch:.0f}"
+            )
+
     def on_result(self, trial: Any, result: Tree) -> None:
+        self._check_goes_on(trial, result)
         if result.get(
             "done"
         ):  # before the study is updated: a crash between them repeats the end, never loses it
             self._end(trial, result)
 
+    def on_pause(self, trial: Any) -> None:
+        self._paused.add(trial.trial_id)
+        self._write(trial, "paused")
+
     def on_end(self, trial: Any) -> None:
         """Drop the run states once the study has the result, except of failed trials."""
         result = trial.last_result or {}
+        self._begun.discard(trial.trial_id)
         self._end(trial, result)
         self._lines.pop(trial.trial_id, None)
         if not result.get("failed"):
@@ -157,7 +187,7 @@ class Recorder(Listener):
             _drop_states(folder)
         for trial in trials:
             ended = trial.status == "ERROR" or (trial.last_result or {}).get("done")
-            if trial.trial_id in self._begun and not ended:
+            if trial.trial_id in self._begun - self._paused and not ended:
                 self._write(trial, "interrupted", self._ended_by())
 
     def _folder(self, trial: Any) -> Path:
@@ -287,6 +317,9 @@ class Losses(Listener):
 
     def on_result(self, trial: Any, result: Tree) -> None:
         self._since[trial.trial_id] = self._clock(), trial
+
+    def on_pause(self, trial: Any) -> None:
+        self._since.pop(trial.trial_id, None)
 
     def on_end(self, trial: Any) -> None:
         for known in (self._since, self._again, self._epoch, self._began):
@@ -447,7 +480,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         if self.reason is None and self._searcher is not None:
             reason = over_budget(self._limits, self.spent())
-            if reason and self._searcher.remaining() + self._searcher.open_trials() > 0:
+            if reason and not self._searcher.is_over():
                 self.reason = reason
                 if self._on_budget is not None:
                     self._on_budget(reason)
@@ -473,8 +506,11 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def on_end(self, trial: Any) -> None:
         self._since.pop(trial.trial_id, None)
 
+    def on_pause(self, trial: Any) -> None:
+        self.on_lost(trial)
+
     def on_lost(self, trial: Any) -> None:
-        """Count the time that the lost process held its resources since its last report."""
+        """Count the time that a process held its resources since the last report."""
         self._told += self._clock() - self._since.pop(trial.trial_id, self._clock())
 
     def on_failed(self, trial: Any) -> None:
@@ -484,6 +520,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def on_close(self, trials: Sequence[Any]) -> None:
         self._write()
         if self._searcher is not None:
+            _end_paused(self._experiment, self._searcher)
             self._searcher.close()
 
     def _held(self, now: float) -> float:
@@ -501,6 +538,19 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     def __getstate__(self) -> Tree:
         return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
+
+
+def _end_paused(experiment: Path, searcher: OptunaSearcher) -> None:
+    """Record as stopped what an earlier session paused, and this one has ended without it."""
+    if not searcher.pauses:
+        return
+    for folder in trials_folder(experiment).glob("*"):
+        if not (folder / "trial.json").exists():
+            continue
+        record = read_record(folder)
+        if record.status == "paused" and record.number not in searcher.paused():
+            write_record(replace(record, status="stopped"))
+            _drop_states(folder)
 
 
 class SoftLabels(Listener):

@@ -13,11 +13,12 @@ experiment.
 
 import collections
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tfkd_ray.run.priors import Prior, prior_trials
 from tfkd_ray.run.studies import (
     REPLACED,
     SAVED,
+    EachOnce,
     close_storage,
     database,
     drop_stale_locks,
@@ -52,9 +54,20 @@ from tfkd_ray.settings.passwords import masked, shown
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.show.listener import Epochs
+from tfkd_ray.space.pausing import Action, Entrant, next_action
 from tfkd_ray.space.plain import PlainSpace, parameters_from, plain_space, search_settings
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
-from tfkd_ray.space.search_config import CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
+from tfkd_ray.space.search_config import (
+    CmaEs,
+    Gp,
+    Grid,
+    Halving,
+    Hyperband,
+    Median,
+    Pausing,
+    Qmc,
+    Tpe,
+)
 from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space, share_of
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
@@ -88,7 +101,13 @@ class _Live:
         self.told: Any = None
         """Ray's iteration of the last result that did not end the trial."""
         self.stopped = False
-        """True once the study has decided that the trial should stop."""
+        """True once the study has decided that the trial should stop, or pause."""
+        self.promoted = int(trial.user_attrs.get("promoted", 0))
+        """The highest rung from which the trial may go on."""
+        self.rung = 0
+        """The rung at which it should pause."""
+        self.last: Values = {}
+        """Its result there."""
 
     def tell(self, values: Any = None, state: TrialState | None = None) -> None:
         """Record the end of the trial in its study; repeating it changes nothing."""
@@ -127,6 +146,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             `num_samples`, `seed`, `storage`, `study`.
     """
 
+    _most: int | None = None
+    """Maximum number of concurrent trials, where paused ones are not to be counted."""
+
     def __init__(
         self,
         space: Space | Values | None,
@@ -162,6 +184,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self.judges = False
         """True if trials are stopped only by the studies' decisions (see `StudyStopping`)."""
         self._saved: dict[str, int] = {}
+        self._saved_paused: dict[int, str] = {}
         self._space: Space | PlainSpace | None = None
         self._given: dict[str, list[Tree]] = {}
         if space is not None:
@@ -206,6 +229,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._group_of: dict[int, int] = {}
         self._counts: collections.Counter[int] = collections.Counter()
         self._next = 0
+        self._entrants: list[dict[int, Entrant]] = []
+        self._action: Action | None = None
+        self._held: dict[int, str] = {}
         self._warm: dict[int, list[Tree]] = {}
         self._points: dict[int, list[Tree]] = {}
         self._dealt: dict[int, Study] = {}
@@ -262,18 +288,28 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._asked = True
             self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
         studies = self._open()
-        if self._todo:
+        action = self.next_action()
+        if action.what == "end":
+            self.finish()
+            return str(Searcher.FINISHED)
+        if not self._has_room() or action.what == "wait" or action.number in self._held:
+            return None
+        if action.what == "promote":
+            n = action.number
+            self._started[n] = self._attempt(n, action.rung)
+        elif self._todo:
             n = self._todo.pop(0)
-        elif self._next < self.space.search.most_trials:
+        else:
             n = self._next
             self._next += 1
-        else:
-            return str(Searcher.FINISHED)
         number = self._started.pop(n, None)
         g, k = (self._group_of[n], 0) if number is not None else self._deal(n)
         group, study = self.space.groups[g], studies[g]
         if number is None:
-            study.sampler = self._sampler(n, g, k)
+            sampler = self._sampler(n, g, k)
+            study.sampler = (
+                EachOnce(sampler, study.study_name, self._storage) if self.pauses else sampler
+            )
             trial, reported = study.ask(), set[int]()
             if isinstance(self.space.stopping, Hyperband):
                 trial.set_user_attr("bracket", self.space.stopping.bracket(self.space.epochs, k))
@@ -287,6 +323,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("name", name)
             trial.set_user_attr("number", n)  # last: now the proposal is complete
         self._live[trial_id] = _Live(study, trial, reported)
+        if number is None:
+            self._notice(n, Entrant(n, "running"))
         if config is None:
             assert isinstance(self.space, PlainSpace), f"{self.space=}"
             return self.space.filled(values)
@@ -303,9 +341,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def on_trial_result(self, trial_id: str, result: Tree) -> None:
         """Write the epoch's value to the study."""
-        self.report(trial_id, result)
-        if trial_id in self._live:
-            self._live[trial_id].told = result.get("training_iteration")
+        live = self._live.get(trial_id)
+        if live is None or not (self.pauses and live.stopped):  # judged once, by the scheduler
+            self.report(trial_id, result)
+        if live is not None:
+            live.told = result.get("training_iteration")
 
     def on_trial_complete(
         self, trial_id: str, result: Tree | None = None, error: bool = False
@@ -326,6 +366,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         else:
             self._limit(live.trial, result)
             live.tell(state=TrialState.PRUNED)
+        self._notice_end(live)
 
     def _limit(self, trial: Trial, metrics: Values) -> None:
         """Tell the study by how much a trial that ends exceeds its constraints."""
@@ -376,10 +417,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         )  # some count from 0
         return by_itself or bool(result.get(FULL_LENGTH)) or (epoch is not None and epoch >= last)
 
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Take the limit of Ray's `ConcurrencyLimiter`, which would count paused trials."""
+        if self._space is None or not self.pauses:
+            return False
+        self._most = max_concurrent
+        return True
+
     def save(self, checkpoint_path: str) -> None:
         """Save which Tune trial belongs to which study trial; the study holds everything else."""
         numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
-        state: Tree = {"journal": str(self.journal), "trials": numbers}
+        state: Tree = {"journal": str(self.journal), "trials": numbers, "paused": self._held}
         if isinstance(self._space, PlainSpace) and not self._space.constants:
             # a restored Tuner does not say its param_space again
             state |= {"parameters": self._space.parameters_text}
@@ -389,6 +437,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Continue from the study, with the trials that Tune resumes."""
         state = json.loads(Path(checkpoint_path).read_text())
         self._saved = state.get("trials", {})
+        self._saved_paused = {int(n): i for n, i in state.get("paused", {}).items()}
         if self._space is None and "parameters" in state:
             parameters = parameters_from(state["parameters"])
             self._take_space(plain_space({}, parameters, **self._plain, constants=False))
@@ -408,6 +457,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             "_space": state.get("space"),
             "_plain": {},
             "_told": (None, None),
+            "_saved_paused": {},
         }
         kept = {key: value for key, value in state.items() if key != "space"}
         self.__dict__.update({**earlier, "_points_given": [], **kept})
@@ -428,10 +478,129 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         epoch = live.epochs.of(result)
         if epoch is None or epoch >= self.space.epochs:
             return False
+        if self.pauses and self.judges:  # with another scheduler, nothing would pause
+            value = as_number(result.get(self.space.search.metric))
+            live.stopped, live.last = self._pauses_at(live, epoch, value), result
+            return live.stopped
         if not fresh and not (epoch == live.before and epoch in live.reported):
             return False
         live.stopped = bool(live.trial.should_prune())
         return live.stopped
+
+    # --- pausing
+
+    @property
+    def pauses(self) -> bool:
+        """True if trials pause at rungs; then a True of `report` means: pause."""
+        return isinstance(self.space.stopping, Pausing)
+
+    def next_action(self) -> Action:
+        """Return what to do with room for one more trial."""
+        self._open()
+        to_start = self.remaining()
+        if self._todo:
+            return Action("start")
+        if not self.pauses:
+            return Action("start" if to_start else "end")
+        if self._action is None:
+            stopping = self.space.stopping
+            assert isinstance(stopping, Pausing), f"{stopping=}"
+            self._action = next_action(
+                [group.values() for group in self._entrants],
+                self.space.rungs,
+                stopping.factor,
+                maximize=self.space.search.mode == "max",
+                to_start=to_start,
+            )
+        return self._action
+
+    def pause(self, trial_id: str) -> None:
+        """Record that a trial has paused at the rung that it has reached."""
+        live = self._live.pop(trial_id)
+        n, rung = live.trial.user_attrs["number"], live.rung
+        live.trial.set_user_attr("paused", rung)
+        self._limit(live.trial, live.last)
+        live.tell(state=TrialState.PRUNED)
+        self._held[n] = trial_id
+        self._notice(n, self._entrant(n, state="paused", rung=rung))
+
+    def promoted(self) -> str | None:
+        """Let the next paused trial of this session go on; return its id, or None: not now."""
+        action = self.next_action()
+        if action.what != "promote" or action.number not in self._held or not self._has_room():
+            return None
+        n = action.number
+        trial_id, study = self._held[n], self._open()[self._group_of[n]]
+        number = self._attempt(n, action.rung)
+        reported = set(_trials(study)[number].intermediate_values)
+        self._live[trial_id] = _Live(study, self._again(study, number), reported)
+        return trial_id
+
+    def is_paused(self, trial_id: str) -> bool:
+        """Return True if a trial of this session is known to be paused."""
+        return trial_id not in self._live
+
+    def finish(self) -> None:
+        """Record that the paused trials are over: more trials of this search do not bring them back."""
+        self.give_up(self.paused())
+
+    def give_up(self, numbers: Iterable[int]) -> None:
+        """Record that paused trials do not go on."""
+        for g, study in enumerate(self._open()):
+            mine = [n for n in numbers if n in self._entrants[g]]
+            if mine:
+                study.set_user_attr("over", sorted({*study.user_attrs.get("over", []), *mine}))
+            for n in mine:
+                self._notice(n, self._entrant(n, state="over"))
+
+    def paused(self) -> set[int]:
+        """Return the numbers of the trials that are paused and may go on."""
+        return {n for group in self._entrants for n, e in group.items() if e.state == "paused"}
+
+    def _attempt(self, n: int, rung: int) -> int:
+        """Add a paused trial to its study again, to run from a rung on; return its number there."""
+        study = self._open()[self._group_of[n]]
+        last = next(t for t in reversed(_trials(study)) if t.user_attrs.get("number") == n)
+        study.add_trial(_running_again(last, promoted=rung))
+        self._held.pop(n, None)
+        self._notice(n, self._entrant(n, state="running"))
+        return len(_trials(study)) - 1
+
+    def _pauses_at(self, live: _Live, epoch: int, value: float | None) -> bool:
+        """Return True if a trial should pause after an epoch; note its value at a rung."""
+        n = live.trial.user_attrs["number"]
+        rung = max((r for r in self.space.rungs if r <= epoch), default=0)
+        seen = _first_step(live.reported, self.space.rungs, rung)
+        if rung <= live.promoted or seen not in (None, epoch):
+            return False
+        known = self._entrant(n)
+        told = value if seen is not None and value is not None else math.nan
+        here = dataclasses.replace(known, values={**known.values, rung: told})
+        self._notice(n, dataclasses.replace(here, state="paused", rung=rung))
+        goes_on = self.next_action() == Action("promote", n, rung)
+        self._notice(n, here)
+        if goes_on:
+            live.trial.set_user_attr("promoted", rung)
+            live.promoted = rung
+        else:
+            live.rung = rung
+        return not goes_on
+
+    def _entrant(self, n: int, **changes: Any) -> Entrant:
+        return dataclasses.replace(self._entrants[self._group_of[n]][n], **changes)
+
+    def _notice(self, n: int, entrant: Entrant) -> None:
+        self._entrants[self._group_of[n]][n] = entrant
+        self._action = None
+
+    def _notice_end(self, live: _Live) -> None:
+        """Take up how a trial has ended in its study."""
+        n = live.trial.user_attrs["number"]
+        state = _trials(live.study)[live.trial.number].state
+        self._notice(n, self._entrant(n, state="whole" if state == TrialState.COMPLETE else "over"))
+
+    def _has_room(self) -> bool:
+        return self._most is None or len(self._live) < self._most
 
     def note_error(self, trial_id: str, error: BaseException | None) -> None:
         """Remember the exception that ended a trial."""
@@ -465,16 +634,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         }
         failed = [entry for entry in latest.values() if entry[1].state == TrialState.FAIL]
         for study, trial in failed:
-            about = {k: v for k, v in trial.user_attrs.items() if k != "reason"}
-            study.add_trial(
-                create_trial(
-                    state=TrialState.RUNNING,
-                    params=trial.params,
-                    distributions=trial.distributions,
-                    user_attrs={**about, "attempt": about.get("attempt", 1) + 1},
-                    intermediate_values=trial.intermediate_values,
-                )
-            )
+            study.add_trial(_running_again(trial, attempt=trial.user_attrs.get("attempt", 1) + 1))
         self._take_stock(studies)
         return len(failed)
 
@@ -548,6 +708,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if len(told) != len(metrics) or not all(is_number(v) for v in told):
             raise ConfigError(f"add_evaluated_point: a number for each of {metrics}, got {value!r}")
 
+    def is_over(self) -> bool:
+        """Return True if no trial runs, and none will."""
+        return not self._live and self.next_action().what == "end"
+
     def end_early(self, number: int, metrics: Values) -> None:
         """Record an unfinished trial of an earlier session as stopped; it is not proposed again.
 
@@ -561,15 +725,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._limit(self._again(study, known), metrics)
             study.tell(known, state=TrialState.PRUNED, skip_if_finished=True)
             self._todo.remove(number)
+            self._notice(number, self._entrant(number, state="over"))
+        elif number in self.paused():
+            self.give_up({number})
 
     def waiting(self) -> set[int]:
         """Return the numbers of the trials that will be proposed again."""
         self._open()
         return set(self._todo)
-
-    def open_trials(self) -> int:
-        """Return the number of proposed trials that have not ended."""
-        return len(self._live)
 
     def known(self) -> dict[int, str]:
         """Return the names of all trials in the studies, by number."""
@@ -641,7 +804,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._take_stock(studies)
             for trial_id, n in self._saved.items():
                 self._take_up(trial_id, n)
-            self._saved = {}
+            paused = self.paused()
+            self._held = {n: i for n, i in self._saved_paused.items() if n in paused}
+            self._saved, self._saved_paused = {}, {}
         return self._studies
 
     def _make_studies(self) -> list[Study]:
@@ -735,6 +900,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._next = max(latest, default=-1) + 1
         self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
         self._counts = collections.Counter(self._group_of.values())
+        self._entrants = [{} for _ in studies]
+        outside = {t.user_attrs.get("number") for t in self._outside}
+        over = {n for study in studies for n in study.user_attrs.get("over", [])}
+        for n, trial in latest.items():
+            if n not in outside:
+                entrant = _as_entrant(trial, self.space.rungs, over=n in over)
+                self._entrants[self._group_of[n]][n] = entrant
+        self._action = None
 
     def _take_up(self, trial_id: str, n: int) -> None:
         """Leave an unfinished trial to Tune, which resumes it under its old id."""
@@ -893,6 +1066,43 @@ def _raised() -> str | None:
     )
 
 
+def _running_again(trial: FrozenTrial, **about: Any) -> FrozenTrial:
+    """Return another attempt at a trial that has ended, with its parameters and values."""
+    kept = {k: v for k, v in trial.user_attrs.items() if k != "reason"}
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={**kept, **about},
+        intermediate_values=trial.intermediate_values,
+    )
+
+
+def _as_entrant(trial: FrozenTrial, rungs: Sequence[int], *, over: bool) -> Entrant:
+    """Return what pausing halving sees of a trial, the last attempt of its number.
+
+    Args:
+        over: the trial does not go on, even if it has paused.
+    """
+    about, values = trial.user_attrs, trial.intermediate_values
+    n, rung = about["number"], about.get("paused", 0)
+    found = {r: values[step] for r in rungs if (step := _first_step(values, rungs, r)) is not None}
+    if not trial.state.is_finished():
+        return Entrant(n, "running", found, rung)
+    if trial.state == TrialState.COMPLETE:
+        return Entrant(n, "whole", found, rung)
+    waits = trial.state == TrialState.PRUNED and rung > about.get("promoted", 0) and not over
+    if rung > about.get("promoted", 0):
+        found.setdefault(rung, math.nan)
+    return Entrant(n, "paused" if waits else "over", found, rung)
+
+
+def _first_step(steps: Iterable[int], rungs: Sequence[int], rung: int) -> int | None:
+    """Return the first epoch reported at or after a rung, before the next rung."""
+    upto = min((r for r in rungs if r > rung), default=math.inf)
+    return min((step for step in steps if rung <= step < upto), default=None)
+
+
 class Rungs(pruners.BasePruner):  # type: ignore[misc]
     """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934), without promotion.
 
@@ -931,15 +1141,12 @@ class Rungs(pruners.BasePruner):  # type: ignore[misc]
 
     def _first(self, trial: FrozenTrial, rung: int) -> int | None:
         """Return the first epoch that a trial reported at or after a rung, before the next rung."""
-        after = [r for r in self._brackets[trial.user_attrs.get("bracket", 0)] if r > rung]
-        upto = min(after, default=math.inf)
-        return min(
-            (step for step in trial.intermediate_values if rung <= step < upto), default=None
-        )
+        rungs = self._brackets[trial.user_attrs.get("bracket", 0)]
+        return _first_step(trial.intermediate_values, rungs, rung)
 
 
 class StudyStopping(FIFOScheduler):  # type: ignore[misc]
-    """Stops trials as the searcher's study decides, so rungs survive a crash of the driver."""
+    """Stops or pauses trials as the searcher's study decides, so rungs survive a driver's crash."""
 
     def __init__(self, searcher: OptunaSearcher) -> None:
         check_kind(searcher, OptunaSearcher, "searcher")
@@ -956,12 +1163,25 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         self.searcher.judges = True
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
-        """Choose as FIFOScheduler does, without looking through all past trials each time."""
-        waiting = [
-            t
-            for t in tune_controller.get_live_trials()
-            if t.status in (TuneTrial.PENDING, TuneTrial.PAUSED)
-        ]
+        """Choose as FIFOScheduler does, without looking through all past trials each time.
+
+        A paused trial is chosen when the studies promote it; when they end the search, it ends.
+        """
+        live = list(tune_controller.get_live_trials())
+        if self.searcher.pauses:
+            paused = {t.trial_id: t for t in live if t.status == TuneTrial.PAUSED}
+            for trial_id in paused:
+                if not self.searcher.is_paused(trial_id):
+                    self.searcher.pause(trial_id)
+            waiting = [t for t in live if t.status == TuneTrial.PENDING]
+            if len(waiting) < _most_pending() and (chosen := self.searcher.promoted()):
+                return paused[chosen]
+            if not waiting and paused and self.searcher.next_action().what == "end":
+                self.searcher.finish()
+                for trial in paused.values():
+                    tune_controller.stop_trial(trial)
+            return min(waiting, key=self._number, default=None)
+        waiting = [t for t in live if t.status in (TuneTrial.PENDING, TuneTrial.PAUSED)]
         return min(
             waiting,
             key=lambda t: (t.status == TuneTrial.PAUSED, self._number(t)),
@@ -985,9 +1205,19 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
             send_elsewhere(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: Tree) -> str:
-        """Return STOP at a rung if the trial is not among the best 1 / factor of its group."""
-        stop = self.searcher.report(trial.trial_id, result)
-        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+        """Return STOP at a rung if the trial is not among the best 1 / factor of its group.
+
+        With `pausing`, return PAUSE.
+        """
+        if not self.searcher.report(trial.trial_id, result):
+            return str(TrialScheduler.CONTINUE)
+        return str(TrialScheduler.PAUSE if self.searcher.pauses else TrialScheduler.STOP)
+
+
+def _most_pending() -> int:
+    """Return how many trials Tune starts at a time; `tune.assemble` sets it."""
+    told = os.environ.get("TUNE_MAX_PENDING_TRIALS_PG", "")
+    return int(told) if told.isdigit() else 1
 
 
 def take_saved_journal(journal: Path) -> bool:
@@ -1131,6 +1361,7 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
     """
     assert isinstance(new.space, Space), f"{new.space=}"
     copies: list[tuple[int, str, FrozenTrial]] = []
+    over = sorted({n for study in old.studies() for n in study.user_attrs.get("over", [])})
     for trial, config in old.configured():
         place = placed(new.space, config)
         number = trial.user_attrs.get("number", -1)
@@ -1157,6 +1388,8 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
         studies[OUTSIDE] = new.make_outside()
     for _, name, copied in sorted(copies, key=lambda entry: entry[0]):
         studies[name].add_trial(copied)
+    for study in studies.values() if over else ():
+        study.set_user_attr("over", over)
     old.close()
     new.close()
 

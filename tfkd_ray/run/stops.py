@@ -39,6 +39,9 @@ class Stops(Listener, tune.Stopper):  # type: ignore[misc]
         self._asked: set[str] = set()
         self._done: set[str] = set()
         self._names: dict[str, str] = {}
+        self._paused: dict[str, int] = {}
+        self.searcher: OptunaSearcher | None = None
+        """Decides which paused trials go on; `tune` sets it."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stops", daemon=True)
 
@@ -79,6 +82,18 @@ class Stops(Listener, tune.Stopper):  # type: ignore[misc]
 
     def on_start(self, trial: Any, last: Values) -> None:
         self._names[trial.trial_id] = assigned(trial).name
+        self._paused.pop(assigned(trial).name, None)
+
+    def on_pause(self, trial: Any) -> None:
+        self._paused[assigned(trial).name] = assigned(trial).number
+
+    def on_step(self) -> None:
+        """Give up paused trials that are asked for: they have no next result, and end with the sweep."""
+        for name in self._asked & set(self._paused):
+            number = self._paused[name]
+            if self.searcher is not None and number in self.searcher.paused():
+                self.searcher.give_up({number})
+                del self._paused[name]
 
     def on_end(self, trial: Any) -> None:
         """Note that a request is met: the trial's files and study say how it ended."""
@@ -98,7 +113,7 @@ class Stops(Listener, tune.Stopper):  # type: ignore[misc]
 
     def __getstate__(self) -> Tree:
         kept = {**self.__dict__, "_note": None, "_over": None, "_thread": None}
-        return {**kept, "_storage": None}
+        return {**kept, "_storage": None, "searcher": None}
 
 
 BY_COMMAND = "stopped by tfkd stop"
@@ -121,7 +136,7 @@ def end_stopped(experiment: Experiment, searcher: OptunaSearcher) -> None:
             storage.withdraw(name, asked)
             continue
         record = read_record(folder)
-        if record.status in ("running", "interrupted"):
+        if record.status in ("running", "interrupted", "paused"):
             if not record.metrics:
                 continue
             searcher.end_early(record.number, record.last)

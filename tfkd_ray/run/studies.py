@@ -1,5 +1,6 @@
 """Storages of Optuna's studies: the journal file, and databases with a URL."""
 
+import copy
 import dataclasses
 import errno
 import json
@@ -9,11 +10,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
+from optuna import Study
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.trial import FrozenTrial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.settings.errors import ConfigError
@@ -244,6 +248,52 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
 
     def append_logs(self, logs: list[Tree]) -> None:
         raise AssertionError("only read here")
+
+
+class EachOnce(BaseSampler):  # type: ignore[misc]
+    """A sampler that sees each trial of a study once: what is known of it, not its attempts.
+
+    A trial that was paused and goes on is a second attempt in its study. The sampler sees the last
+    attempt that has ended, or the only one.
+    """
+
+    def __init__(self, sampler: BaseSampler, study: str, storage: BaseStorage) -> None:
+        self._sampler, seen = sampler, _EachOnce(storage)
+        self._study = Study(study, seen, sampler=sampler)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Any:
+        return self._sampler.infer_relative_search_space(self._study, trial)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Any) -> Any:
+        return self._sampler.sample_relative(self._study, trial, search_space)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, domain: Any) -> Any:
+        return self._sampler.sample_independent(self._study, trial, name, domain)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._sampler.before_trial(self._study, trial)
+
+
+class _EachOnce:
+    """A storage that hides attempts whose trial has a later one, or, while that runs, the later."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Any = None
+    ) -> list[FrozenTrial]:
+        """Return the trials of a study, each once."""
+        found: dict[Any, FrozenTrial] = {}
+        for trial in self._storage.get_all_trials(study_id, deepcopy=False):
+            key = trial.user_attrs.get("number", (trial.number,))
+            if trial.state.is_finished() or key not in found:
+                found[key] = trial
+        kept = [t for t in found.values() if states is None or t.state in states]
+        return copy.deepcopy(kept) if deepcopy else kept
 
 
 SQLITE_WAIT_S = 20.0

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -76,6 +77,16 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             stop_epochs(self._epochs)
         self._begin(new_config)
         return True
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Save the trial for a pause, in its own folder; Ray gets no checkpoint of it.
+
+        Ray's would be files of the node on which it paused, and it may go on elsewhere.
+        """
+        if hasattr(self._epochs, "close"):
+            self._epochs.close()
+        self._begin(self.config)  # where it goes on, if it is not paused after all
+        return SimpleNamespace(checkpoint=None, metrics={})
 
     def _leave(self, number: int, frame: Any) -> None:
         """On SIGTERM (the node is preempted), save and exit, now or after the current epoch."""

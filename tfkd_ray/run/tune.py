@@ -73,7 +73,7 @@ from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.relate import not_comparable, not_superset
-from tfkd_ray.space.search_config import Asha, SearchConfig, more_samples
+from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig, more_samples
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digests
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import (
@@ -424,7 +424,7 @@ def _end_outside(searcher: OptunaSearcher, experiment: Path) -> None:
         if not (folder / "trial.json").is_file():
             continue
         record = read_record(folder)
-        if record.status in ("running", "interrupted"):
+        if record.status in ("running", "interrupted", "paused"):
             reason = "outside of the narrower space in which the sweep was resumed"
             write_record(replace(record, status="stopped", reason=reason))
             for state in (LAST, BEFORE):
@@ -613,6 +613,11 @@ def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune
     """Return (the space with a `TuneConfig`'s search settings, the rest of the `TuneConfig`)."""
     metric, mode, seconds = tune_config.metric, tune_config.mode, tune_config.time_budget_s
     search = space.search
+    if tune_config.scheduler is not None and isinstance(space.stopping, Pausing):
+        raise ConfigError(
+            "tune_config.scheduler: the space's search.stopping is pausing, which is a scheduler of its own; leave one "
+            "of them out (search.stopping: none)"
+        )
     if metric is not None and metric not in search.metrics[:1]:
         if search.more_metrics:
             raise ConfigError(
@@ -654,6 +659,7 @@ def _tuner(
         getattr(tune_config.scheduler, "metric", None) is not None
     )  # Tune refuses to get it twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
+    stops.searcher = searcher
     losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
     tune_config = replace(
         tune_config,
@@ -661,7 +667,8 @@ def _tuner(
         mode=None if told else tune_config.mode or space.search.mode,
         search_alg=searcher,
         scheduler=tune_config.scheduler or _scheduler(space, searcher),
-        num_samples=-1 if space.search.num_samples is None else max(1, trials),
+        # the searcher ends the sweep itself if it pauses trials, or has a budget alone
+        num_samples=(-1 if searcher.pauses or space.search.num_samples is None else max(1, trials)),
         max_concurrent_trials=(
             space.search.max_concurrent
             if tune_config.max_concurrent_trials is None
@@ -835,6 +842,7 @@ class Room(ConcurrencyLimiter):  # type: ignore[misc]
         if time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
             self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
+            self.searcher.set_max_concurrency(self.max_concurrent)
         found: Tree | None = super().suggest(trial_id)
         return found
 

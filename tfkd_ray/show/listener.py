@@ -48,6 +48,9 @@ class Listener:
     def on_failed(self, trial: Any) -> None:
         """Called when a trial has ended because its process was lost, or raised an error."""
 
+    def on_pause(self, trial: Any) -> None:
+        """Called when a trial has saved its state and pauses; `on_start` follows if it goes on."""
+
     def on_end(self, trial: Any) -> None:
         """Called when a trial has ended, with its last result in `trial.last_result`."""
 
@@ -128,6 +131,13 @@ class Announcer(tune.Callback):  # type: ignore[misc]
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         for listener in self.listeners:
             listener.on_lost(trial)
+
+    def on_trial_save(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Announce a pause: that is all for which Tune saves trials of this package."""
+        assignment = Assignment.find(trial.config)
+        if assignment is not None and assignment.directory is not None:
+            for listener in self.listeners:
+                listener.on_pause(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._told.pop(trial.trial_id, None)

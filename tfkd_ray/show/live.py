@@ -34,12 +34,14 @@ from tfkd_ray.show.status import (
     read_plan,
     spent,
 )
-from tfkd_ray.space.search_config import SearchConfig
+from tfkd_ray.space.search_config import Pausing, SearchConfig
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import FULL_LENGTH, STOPPED_BY, read_record, read_records
 from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.limits import feasible_first, met_text
 
+_AGAIN = {"running": "started again", "paused": "goes on"}
+"""What a trial does that starts, by what it was."""
 REFRESH_S = 0.25
 NODES_S = 5
 """Seconds between questions to the autoscaler about starting nodes, while no trial trains."""
@@ -133,7 +135,7 @@ class Progress(OwnCallback):
         )
         self._start = time.time()
         for record in read_records(self._experiment):  # results of earlier sessions
-            if record.status in ("done", "stopped", "failed"):
+            if record.status in ("done", "stopped", "failed", "paused"):
                 row, last = self._plan.row(record), record.last
                 run = _Run(record.name, row, self._plan.rows.get(row, 0), record.parameters)
                 run.epoch, run.status, run.value = (
@@ -170,7 +172,7 @@ class Progress(OwnCallback):
     def on_start(self, trial: Any, last: Values) -> None:
         assignment = assigned(trial)
         before = self._runs.pop(assignment.name, None)  # moves a restarted trial to the end
-        again = before is not None and before.status == "running"
+        again = "started" if before is None else _AGAIN.get(before.status, "started")
         row = assignment.arm or str(own_code.shown_name(trial.config["objective"]))
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
         run.epoch, run.value = int(last.get("epoch", 0)), _number_cell(last, self._metric)
@@ -178,7 +180,7 @@ class Progress(OwnCallback):
         self._runs[run.name] = run
         if not self._epochs:
             self._epochs.append(time.monotonic())
-        self._say(f"{run.name}: {'started again' if again else 'started'}")
+        self._say(f"{run.name}: {again}")
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         run = self._run_of(trial)
@@ -192,6 +194,12 @@ class Progress(OwnCallback):
         run = self._run_of(trial)
         if run is not None and "note" in result:
             self.note(f"{run.name}: {result['note']}")
+
+    def on_pause(self, trial: Any) -> None:
+        run = self._run_of(trial)
+        if run is not None:
+            run.status = "paused"
+            self._say(f"{run.name}: paused at epoch {run.epoch}, {self._metric} {run.value:.4f}")
 
     def on_end(self, trial: Any) -> None:
         self._end(trial, (trial.last_result or {}).get("failed"))
@@ -226,7 +234,7 @@ class Progress(OwnCallback):
 
     def _end(self, trial: Any, failed: str | None) -> None:
         run = self._run_of(trial)
-        if run is None or run.status != "running":
+        if run is None or run.status not in ("running", "paused"):
             return
         value = f"{self._metric} {run.value:.4f}"
         if failed:
@@ -234,13 +242,14 @@ class Progress(OwnCallback):
             self._failures.append(f"{run.name}: {reason}")
             self._say(f"{run.name}: failed: {reason}")
         elif run.epoch < run.epochs and not (trial.last_result or {}).get(FULL_LENGTH):
-            run.status = "stopped"
+            paused, run.status = run.status == "paused", "stopped"
             how = (
                 "stopped by tfkd stop"
                 if (trial.last_result or {}).get(STOPPED_BY)
                 else "stopped early"
             )
-            self._say(f"{run.name}: {how} at epoch {run.epoch}, {value}")
+            if not paused:  # otherwise that is said already
+                self._say(f"{run.name}: {how} at epoch {run.epoch}, {value}")
         else:
             run.status = "done"
             self._say(f"{run.name}: done, {value}")
@@ -280,7 +289,9 @@ class Progress(OwnCallback):
         over = count["done"] + count["stopped"] + count["failed"]
         used = spent(self._experiment, count["running"], since=self._start)
         planned = "" if self._plan.trials is None else f" of {self._plan.trials:,}"
-        title = f"{over:,}{planned} trials, {count['running']} running, {duration(used['seconds'])}"
+        paused = f"{count['paused']:,} paused, " if count["paused"] else ""
+        title = f"{over:,}{planned} trials, {count['running']} running, {paused}"
+        title += duration(used["seconds"])
         title += self._left(runs, used)
         lines = [
             f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"
@@ -385,14 +396,15 @@ class Progress(OwnCallback):
         room = (width - 14) // (2 * len(str(epochs)) + 3)  # of ranges, and two blanks before each
         each = math.ceil(len(rungs) / max(1, room - 1))
         groups = [*(rungs[k : k + each] for k in range(0, len(rungs), each)), [epochs]]
-        ends = [run.epoch for run in runs if run.status == "stopped"]
+        ends = [run.epoch for run in runs if run.status in ("stopped", "paused")]
+        pauses = isinstance(self._search.stopping, Pausing)
         ranges = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups]
         came = [str(sum(run.epoch >= g[0] for run in runs)) for g in groups]
         stopped = [str(sum(g[0] <= epoch <= g[-1] for epoch in ends)) for g in groups[:-1]]
         table = (
             ["rung at epoch", *ranges],
             ["  came there", *came],
-            ["  were stopped", *stopped, ""],
+            ["  paused there" if pauses else "  were stopped", *stopped, ""],
         )
         return in_columns(map("\t".join, table))
 

@@ -18,6 +18,7 @@ from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
 from tfkd_ray.space.arms import Arms, runs_of
+from tfkd_ray.space.search_config import Pausing
 from tfkd_ray.space.space import Branch, Space
 
 OF_MANY = 100
@@ -44,6 +45,8 @@ class Part:
     share: float | None = None
     """Share of a GPU's memory that a one-worker trial takes here, with its process's own; None
     without a GPU."""
+    least: int | None = None
+    """Epochs if trials pause, and none fails; None if they do not pause."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,9 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
         )
         come, epochs = reaching(space, trials), expected_epochs(space, trials)
-        parts.append(
-            Part(branch.objective, trials, come, epochs, trials * space.epochs, seconds, memory)
-        )
+        least = round(epochs) if isinstance(space.stopping, Pausing) else None
+        most = trials * space.epochs
+        parts.append(Part(branch.objective, trials, come, epochs, most, seconds, memory, least))
     runs = [run for run in space.teacher_runs() if run.weights is None]
     teachers = {run.fingerprint(): _teacher_epochs(run) for run in runs}
     banked = any(any(branch.example.banks) for branch in space.branches)
@@ -323,7 +326,11 @@ def lines(
     if found.compares:
         yield f"in all {most} epochs of {sum(part.trials for part in found.parts)} runs"
     else:
-        yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
+        least = sum(part.least for part in found.parts if part.least is not None)
+        span = f"{found.epochs:.0f} epochs expected, at most {most}"
+        if least:
+            span = f"from {least} epochs (one trial at a time, none failed) to {most}"
+        yield f"in all {span}; without early stopping always {most}"
     if found.teacher_epochs:
         yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"

@@ -2,7 +2,8 @@
 
 The number of trials that pass a rung is an expectation: trial i is judged among the i that reached
 the rung so far, and with equal chances it is among the best i / `factor` of them, or the best. If
-later proposals are better, more of them pass.
+later proposals are better, more of them pass. Where trials pause, all come to the first rung before
+any passes it.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.space.ranges import Range
-from tfkd_ray.space.search_config import Halving, Hyperband
+from tfkd_ray.space.search_config import Halving, Hyperband, Pausing
 from tfkd_ray.space.space import Space
 from tfkd_ray.store.experiment import Record
 from tfkd_ray.verdict import scores
@@ -55,13 +56,14 @@ def reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
         halvings, factor = [stopping.rungs(epochs)], stopping.factor
     if isinstance(stopping, Hyperband):
         halvings, sizes = stopping.brackets(epochs), stopping.dealt(epochs, trials)
+    passing = _going_on if isinstance(stopping, Pausing) else _passing
     come = dict.fromkeys(sorted({epochs, *itertools.chain(*halvings)}), 0.0)
     for b, rungs in enumerate(halvings):
         here = float(sizes[b])
         for epoch in come:
             come[epoch] += here
             if epoch in rungs:
-                here = _passing(round(here), factor)
+                here = passing(round(here), factor)
     return tuple(come.items())
 
 
@@ -86,6 +88,11 @@ def _passing(trials: int, factor: int) -> float:
     logs = math.lgamma(n + 1) + n * math.log(factor)
     lower = logs + n * EULER - _harmonic(n) / (2 * factor) - math.pi**2 / 72 / factor**2
     return first + n * _harmonic(trials) - lower
+
+
+def _going_on(trials: int, factor: int) -> float:
+    """Return how many of the trials that pause at a rung go on, once all are there."""
+    return max(1, trials // factor)
 
 
 EULER = 0.5772156649015329

@@ -71,6 +71,7 @@ from tfkd_ray.store.experiment import (
     Record,
     check_output,
     damaged,
+    furthest,
     output_descriptor,
     read_judged,
     write_output,
@@ -189,7 +190,7 @@ def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
     counts = ", ".join(
         f"{s['trials'][key]:,} {word}"
         for key, word in (("done", "of full length"), ("stopped", "stopped early"), ("failed", "failed"),
-                          ("running", "running"), ("interrupted", "interrupted"))
+                          ("running", "running"), ("interrupted", "interrupted"), ("paused", "paused"))
         if s["trials"][key]
     )  # fmt: skip
     made = f"{plan.created[:16].replace('T', ' ')}; report of {time.strftime('%Y-%m-%d %H:%M')}"
@@ -268,10 +269,21 @@ def _verdict_section(sweep: Sweep, comparisons: Sequence[Path]) -> Section:
     return Section("Verdict", parts)
 
 
+def _at_rung(sweep: Sweep, record: Record) -> str:
+    value, epoch = record.last[sweep.metric], record.last["epoch"]
+    return f"{score_of(sweep.metric).title} {value:.4f} at epoch {epoch:.0f}, where it paused"
+
+
 def _not_a_verdict(sweep: Sweep) -> str:
     n = len(sweep.records)
     if not sweep.full:
-        return f"No trial of full length yet ({n} trials), so there is no best one."
+        ahead = furthest(sweep.records, sweep.metric)
+        there = (
+            ""
+            if ahead is None
+            else f" Best of the highest rung: {ahead.name}, {_at_rung(sweep, ahead)}."
+        )
+        return f"No trial of full length yet ({n} trials), so there is no best one.{there}"
     first, *rest = sweep.ranked(sweep.full)
     ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""

@@ -37,6 +37,7 @@ from tfkd_ray.store.experiment import (
     as_record,
     best,
     damaged,
+    furthest,
     gone_sentence,
     gone_trials,
     parse_json,
@@ -324,11 +325,13 @@ def status(experiment: Path) -> Tree:
     state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
     metric, mode  of a trial's value; metric is null in a comparison
     trials        planned (null: until a budget is spent), started, and the number running, done (full length),
-                  stopped (early), failed, interrupted
+                  stopped (early), failed, interrupted, paused (may go on)
     rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
     constraints   of a sweep: in words; empty without any
     best          trial, objective, value, how many trials share the value, and whether it meets the constraints
                   (`feasible`); null before a trial is of full length
+    ahead         before one is of full length, and trials pause: trial, objective, value, epoch of the best at the
+                  highest rung; else null
     baselines     the best of ce and of lsr, if they are searched
     verdict       of a comparison: its sentences, one for each student; empty before it is judged
     epochs        done, planned (all trials of full length; null: until a budget is spent)
@@ -377,6 +380,7 @@ def status(experiment: Path) -> Tree:
         "rows": rows,
         "constraints": limits_text(plan.limits),
         "best": _best_trials(records, plan),
+        "ahead": _ahead(records, plan),
         "baselines": {name: rows[name]["best"] for name in BASELINES if sweep and name in rows},
         "verdict": verdict or [],
         "epochs": {"done": done_epochs, "planned": plan.epochs},
@@ -595,6 +599,19 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
     return epochs / (now - since) if epochs and now > since else None
 
 
+def _ahead(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
+    """Return the best trial of the highest rung, if trials pause there and none has full length."""
+    found = furthest(records, plan.metric) if plan.metric else None
+    if found is None or any(r.status == "done" for r in records):
+        return None
+    return {
+        "trial": found.name,
+        "objective": found.objective,
+        "value": found.last[plan.metric or ""],
+        "epoch": epoch_of(found),
+    }
+
+
 def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -> float | None:
     if not rate or plan.trials is None:
         return None
@@ -613,7 +630,7 @@ def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> fl
         new: the full length of each that has not begun.
     """
     at_end = sorted(epoch for epoch, _, _ in begun)
-    stopped = Counter(epoch for epoch, _, status in begun if status == "stopped")
+    stopped = Counter(epoch for epoch, _, status in begun if status in ("stopped", "paused"))
     goes_on = {}
     for epoch, n in sorted(stopped.items()):
         beyond = len(at_end) - bisect.bisect_right(at_end, epoch)
@@ -681,13 +698,15 @@ def _out_of(planned: int | None) -> str:
 
 def _table_rows(found: Tree) -> Sentences:
     heading = f"best {found['metric']}" if found["metric"] else ""
-    yield f"\trunning\tfull\tstopped\tfailed\t{heading}"
+    paused = bool(found["trials"]["paused"])
+    yield "\trunning" + "\tpaused" * paused + f"\tfull\tstopped\tfailed\t{heading}"
     for name, row in found["rows"].items():
         best = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
         running = row["running"]
         if found["state"] != "running":
             running += row["interrupted"]
-        counts = f"{running}\t{row['done']}\t{row['stopped']}\t{row['failed']}"
+        counts = f"{running}" + f"\t{row['paused']}" * paused
+        counts += f"\t{row['done']}\t{row['stopped']}\t{row['failed']}"
         yield f"{on_one_line(name)}\t{counts}\t{on_one_line(best)}"
 
 
@@ -705,6 +724,10 @@ def _best_trial_lines(found: Tree) -> Sentences:
         yield f"best of {found['trials']['started']:,} on validation: not a verdict"
     elif metric:
         yield "no trial of full length yet, so there is no best one"
+        if ahead := found["ahead"]:
+            yield (
+                f"best of the highest rung: {ahead['trial']}, {metric} {ahead['value']:.4f} at epoch {ahead['epoch']}"
+            )
 
 
 def _time_parts(found: Tree) -> list[str]:

@@ -154,6 +154,8 @@ class TensorBoard(OwnCallback):
         self._writers[trial.trial_id] = (writer, seen)
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
+        if trial.trial_id not in self._writers:
+            self.on_start(trial, {"epoch": epoch - 1})
         writer, _ = self._writers[trial.trial_id]
         if trial.trial_id in self._void:
             self._void.remove(trial.trial_id)
@@ -183,6 +185,10 @@ class TensorBoard(OwnCallback):
             _add(writer, epoch, Summary(value=points))
         writer.flush()
         self._writers[trial.trial_id] = (writer, epoch)
+
+    def on_pause(self, trial: Any) -> None:
+        """Close the events of a trial that pauses: each open one has a thread and a file."""
+        self._close(trial)
 
     def on_end(self, trial: Any) -> None:
         self._write_end(trial, (trial.last_result or {}).get("failed"))

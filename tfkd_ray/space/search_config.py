@@ -183,6 +183,16 @@ class Asha(Halving):
     name: Literal["asha"] = "asha"  # type: ignore[assignment]
 
 
+class Pausing(Halving):
+    """Halving that pauses instead of stopping: a trial goes on once it is among the best of a rung.
+
+    A paused trial keeps its checkpoint, and holds no process, GPU or place among the concurrent
+    trials. The sweep ends when no trial may go on and every objective has a full-length trial.
+    """
+
+    name: Literal["pausing"] = "pausing"  # type: ignore[assignment]
+
+
 class Median(Settings):
     """Stops a trial whose best value is worse than the full-length trials' median at that epoch."""
 
@@ -208,7 +218,7 @@ class NoStopping(Settings):
         return []
 
 
-Stopping = Halving | Hyperband | Asha | Median | NoStopping
+Stopping = Halving | Pausing | Hyperband | Asha | Median | NoStopping
 
 ENDLESS = 10**9
 """Trials of a search that does not end by their number."""

@@ -57,6 +57,7 @@ from tfkd_ray.space.search_config import (
     Hyperband,
     Median,
     NoStopping,
+    Pausing,
     Sampler,
     SearchConfig,
     Stopping,
@@ -789,6 +790,20 @@ def _halving_stops_trials(space: Searched) -> Sentences:
         )
 
 
+def _paused_trials_resume(space: Searched) -> Sentences:
+    """Reject pausing for trainables of a user's own, whose checkpoints are not known here."""
+    if isinstance(space.stopping, Pausing) and not isinstance(space, Space):
+        yield (
+            "stopping: pausing needs trials of this package, which resume from their checkpoints; use halving for a "
+            "trainable of your own"
+        )
+    elif isinstance(space.stopping, Pausing) and space.search.num_samples is None:
+        yield (
+            "stopping: pausing needs num_samples, because all trials begin before the first goes on; set it, or use "
+            "halving"
+        )
+
+
 def _brackets_have_trials(space: Searched) -> Sentences:
     """Reject a hyperband with too few trials per bracket."""
     stopping, epochs, share = space.stopping, space.epochs, share_of(space)
@@ -852,6 +867,7 @@ SEARCH_RULES = (
     _stopping_judges_by_one_metric,
     _generations_are_whole,
     _halving_stops_trials,
+    _paused_trials_resume,
     _brackets_have_trials,
     _median_has_few_rungs,
     _median_begins,

@@ -51,7 +51,7 @@ from tfkd_ray.settings.yaml import Numbers, Tree, Values, dump_yaml, read_yaml
 from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.limits import NO_LIMITS, Limits, as_limits, feasible_first, is_feasible
 
-STATUSES = ("running", "done", "stopped", "failed", "interrupted")
+STATUSES = ("running", "done", "stopped", "failed", "interrupted", "paused")
 MOST_JSON_BYTES = 2**26
 """Most bytes of a JSON file, far more than any of ours has."""
 LONGEST_LINE = 2**24
@@ -118,7 +118,7 @@ class Record:
     name: str
     objective: str
     status: str
-    """One of running, done, stopped (early), failed, interrupted."""
+    """One of running, done, stopped (early), failed, interrupted, paused (may go on)."""
     parameters: Tree
     config: Tree
     reason: str | None = None
@@ -619,6 +619,14 @@ def ranked_trials(records: Iterable[_J], metric: str, limits: Limits = NO_LIMITS
 def best(records: Iterable[_J], metric: str, limits: Limits = NO_LIMITS) -> _J | None:
     """Return the first of `ranked_trials`; None if no trial of full length has a value."""
     return next(iter(ranked_trials(records, metric, limits)), None)
+
+
+def furthest(records: Iterable[_J], metric: str) -> _J | None:
+    """Return the best of the trials that have paused at the highest rung; None if none has."""
+    paused = sorted((r for r in records if r.status == "paused" and r.last), key=lambda r: r.number)
+    most = max((r.last["epoch"] for r in paused), default=0)
+    there = [r for r in paused if r.last["epoch"] == most]
+    return next(iter(scores.ranked(there, metric, lambda r: r.last.get(metric, math.nan))), None)
 
 
 def pareto(records: Iterable[_J], metrics: Sequence[str], limits: Limits = NO_LIMITS) -> list[_J]:
