@@ -73,7 +73,9 @@ def _stop_trials(found: "Experiment", trials: list[str]) -> int:
             print(f"{name} has ended: {record.status}")
             continue
         found.storage.request(found.name, name)
-        if alive:
+        if alive and record is not None and record.status == "paused":
+            print(f"{name} is paused: it does not go on, and ends with the sweep")
+        elif alive:
             print(f"{name} is asked to stop: it ends after its current epoch, and keeps its value")
         else:
             print(

@@ -427,7 +427,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         """Save which Tune trial belongs to which study trial; the study holds everything else."""
         numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
-        state: Tree = {"journal": str(self.journal), "trials": numbers, "paused": self._held}
+        state: Tree = {"journal": str(self.journal), "trials": numbers}
+        state |= {"paused": self._held} if self._held else {}
         if isinstance(self._space, PlainSpace) and not self._space.constants:
             # a restored Tuner does not say its param_space again
             state |= {"parameters": self._space.parameters_text}
