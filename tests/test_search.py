@@ -610,7 +610,6 @@ def test_a_searcher_is_pickled_without_anything_live(journal: Path, tmp_path: Pa
     assert json.loads((tmp_path / "state").read_text()) == {
         "journal": str(journal),
         "trials": {"a": 0},
-        "paused": {},
     }
     again.restore(str(tmp_path / "state"))
     config = again.suggest("b")
