@@ -70,6 +70,7 @@ def values(storage: Path, out: Path) -> dict[str, list[str]]:
     return {
         "experiment": [sweep, arms],
         "experiments": [sweep, arms],
+        "others": [sweep],
         "source": [sweep, arms],
         "file": [sweep],
         "overrides": [],
@@ -88,7 +89,9 @@ def values(storage: Path, out: Path) -> dict[str, list[str]]:
 
 
 def is_of_files(action: argparse.Action) -> bool:
-    return action.metavar in ("DIR", "FILE") or action.type in (Path, terminal.place_or_url)
+    return action.metavar in ("DIR", "FILE") or action.type in (
+        Path, terminal.place_or_url, terminal.experiment_place,
+    )  # fmt: skip
 
 
 def commands(verb: str, storage: Path, out: Path) -> Iterator[list[str]]:
