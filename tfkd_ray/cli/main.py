@@ -14,10 +14,10 @@ import threading
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tfkd_ray import __version__
 from tfkd_ray.cli.compare import confirm_verb
+from tfkd_ray.cli.guide import Parser, check_verb_words, overview, refuse_rest, verbs_of
 from tfkd_ray.cli.show import (
     best_verb,
     check_verb,
@@ -41,6 +41,7 @@ from tfkd_ray.cli.terminal import (
     DEFAULT_SEEDS,
     DEFAULT_STORAGE,
     DEFAULT_TOP_K,
+    check_names,
     experiment_place,
     let_end,
     newest_experiment,
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args.command = command
     try:
+        check_names(args)
         with contextlib.redirect_stdout(Legible(sys.stdout)):
             code: int = args.run(args)
         sys.stdout.flush()
@@ -182,11 +184,15 @@ def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
 def _parsed_args(argv: list[str]) -> Namespace:
     """Parse the arguments; also keep them as `words`, with a parser, for jobs that forward them."""
     parser = _parser()
+    if not argv:
+        say_error(overview(verbs_of(parser)))
+        raise SystemExit(WRONG_INPUT)
+    verb = check_verb_words(parser, argv)
     args, rest = parser.parse_known_args(argv)
     # argparse takes all positional arguments in one place; overrides may stand between and after
     # options
     if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        refuse_rest(parser, verb, rest, argv)
     if rest:
         args.overrides += rest
     args.words, args.parsed = argv, _parsed_args
@@ -240,18 +246,8 @@ def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:cut], argv[cut + 1 :]
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Report an error of the command line, with passwords masked."""
-        super().error(masked(message))
-
-
 def _parser() -> ArgumentParser:
-    parser = _Parser(
-        prog="tfkd",
-        description="Search the hyperparameters of knowledge distillation and teacher-free KD on Ray.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 7 not better, 130 interrupted.",
-    )
+    parser = Parser(prog="tfkd")
     parser.add_argument("--version", action="version", version=f"tfkd {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
