@@ -5,7 +5,7 @@ A new verb needs a line in `GROUPS` and two examples in `EXAMPLES`.
 """
 
 from argparse import ArgumentParser, _SubParsersAction
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NoReturn
 
 from tfkd_ray.settings.errors import did_you_mean, near_to
@@ -115,6 +115,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
 """Two command lines of each verb, and of each part of `teacher` and `cluster`."""
 
 
+SHELLS = ("bash", "zsh", "fish")
+"""Shells whose completion `tfkd completion` writes."""
+
+
 class Parser(ArgumentParser):
     """Parser of `tfkd` or of one of its verbs."""
 
@@ -131,7 +135,7 @@ class Parser(ArgumentParser):
         return "\n".join([f"{super().format_help()}\nexamples:", *(f"  {e}" for e in examples), ""])
 
 
-def overview(known: Sequence[str]) -> str:
+def overview(known: Collection[str]) -> str:
     """Return the verbs in their groups, each group with an example."""
     lines = [
         "usage: tfkd VERB ...",

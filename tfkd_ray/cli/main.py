@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tfkd_ray import __version__
 from tfkd_ray.cli.compare import confirm_verb
-from tfkd_ray.cli.guide import Parser, check_verb_words, overview, refuse_rest, verbs_of
+from tfkd_ray.cli.guide import SHELLS, Parser, check_verb_words, overview, refuse_rest, verbs_of
 from tfkd_ray.cli.show import (
     best_verb,
     check_verb,
@@ -33,6 +33,7 @@ from tfkd_ray.cli.show import (
     tensorboard_verb,
     trials_verb,
 )
+from tfkd_ray.cli.start import completion_verb, init_verb, spaces_verb
 from tfkd_ray.cli.stop import stop_verb
 from tfkd_ray.cli.sweep import resume_verb, tune_verb
 from tfkd_ray.cli.terminal import (
@@ -195,7 +196,7 @@ def _parsed_args(argv: list[str]) -> Namespace:
         refuse_rest(parser, verb, rest, argv)
     if rest:
         args.overrides += rest
-    args.words, args.parsed = argv, _parsed_args
+    args.words, args.parsed, args.parser = argv, _parsed_args, parser
     if getattr(args, "experiment", "") is None:
         args.experiment = newest_experiment()
         say_error(f"experiment: {args.experiment} (the newest)")
@@ -330,6 +331,29 @@ def _parser() -> ArgumentParser:
         help="trials to stop for good: names, their unique beginnings, or numbers (default: the sweep)",
     )
 
+    sub = verb("spaces", spaces_verb, "List the search spaces and arms files that ship with tfkd.")
+    _flag(sub, "--about", "also show the question that each of them asks")
+
+    sub = verb(
+        "init",
+        init_verb,
+        "Copy a shipped search space to change it, and fit it to a folder of images.",
+    )
+    sub.add_argument("name", help="name of a shipped one; tfkd spaces lists them")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of images, DIR/train/CLASS/ and DIR/val/CLASS/: classes, size, recipe, epochs and "
+        "batch size are set for it",
+    )
+    sub.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="the copy (default: ./NAME.yaml)"
+    )
+
+    sub = verb("completion", completion_verb, "Print the completion script of a shell.")
+    sub.add_argument("shell", choices=SHELLS, help="the shell that it is for")
+
     sub = verb(
         "check",
         check_verb,
@@ -451,6 +475,7 @@ def _parser() -> ArgumentParser:
         "several metrics, the trials that no other beats.",
     )
     experiment(sub)
+    _flag(sub, "--all", "print every setting, including those at their defaults")
     _flag(sub, "--json", "for programs")
 
     def others(sub: ArgumentParser, nargs: str = "*") -> None:
@@ -475,7 +500,10 @@ def _parser() -> ArgumentParser:
 
     sub = verb("logs", logs_verb, "Print the log of a trial, one line per epoch.")
     experiment(sub, follow=True)
-    sub.add_argument("trial", help="name of the trial, the beginning of its name, or its number")
+    sub.add_argument(
+        "trial",
+        help="name of the trial, the beginning of its name, or its number; of an objective: its trials",
+    )
 
     sub = verb("ls", ls_verb, "List experiments and comparisons.")
     storage(sub)

@@ -33,7 +33,8 @@ def no_such_setting(path: Sequence[str], known: Iterable[str]) -> str:
     sentence, near = f"{dotted(path)}: no such setting", near_to(word, known)
     if near is None and not places_of(word):  # a letter more or less than a setting elsewhere
         word = near_to(word, {name.rpartition(".")[2] for name in KNOWN}, 0.8) or word
-    places = [place for place in places_of(word) if place != ".".join(path)]
+    here = f".{'.'.join(path)}"
+    places = [p for p in places_of(word) if not above or not f".{p}".endswith(here)]
     if near is not None and (above or not places):
         return f"{sentence}; did you mean {near!r}?"
     if not places:
