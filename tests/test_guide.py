@@ -138,6 +138,8 @@ def commands_in(line: str) -> Iterator[list[str]]:
         ("check digits_tfkd lr=1", "lr: no such setting; did you mean 'optim.lr'? (in 'lr=1')"),
         ("check digits_tfkd num_samples=1", "did you mean 'search.num_samples'?"),
         ("check digits_tfkd optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
+        ("check digits_tfkd objective.lsr.alfa=1", "objective.lsr.alfa: no such setting; did you mean 'alpha'?"),
+        ("check other.yaml", "other.yaml: objective.kd.temprature: no such setting; did you mean 'temperature'?"),
         ("check digits_arms lr=1", "did you mean 'optim.lr'?"),
         ("check digits_arms optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
         ("check mine.yaml", "mine.yaml: lr: no such setting; did you mean 'optim.lr'?"),
@@ -152,6 +154,7 @@ def test_a_near_miss_is_answered_with_what_was_meant(
     (here / "mine.yaml").write_text(
         "objective: ce\nlr: 0.1\nhidden: [8]\ndata: {name: mnist, rot: /x}\n"
     )
+    (here / "other.yaml").write_text("objective: [{name: kd, temprature: 4}, ce]\n")
     (here / "tfkd_results/first").mkdir(parents=True)
     (here / "tfkd_results/first/experiment.yaml").touch()
     assert sentence in answered(capsys, line)
@@ -202,7 +205,7 @@ def test_the_quick_check_refuses_nothing_that_ships(name: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "tun", "tune digits_tfk", "tune digits_tfkd --epochs 3", "tune digits_tfkd lr=3", "train mine.yaml", "confirm nothing",
+    ["", "tun", "tune digits_tfk", "tune digits_tfkd --epochs 3", "tune digits_tfkd lr=3", "train mine.yaml", "tune other.yaml", "confirm nothing",
      "resume nothing", "status nothing", "best nothing", "report nothing", "export nothing", "logs nothing 0", "cluster up nothing",
      "tensorboard nothing", "init nothing", "completion csh"],
 )  # fmt: skip
@@ -211,6 +214,7 @@ def test_a_wrong_file_name_key_or_verb_is_answered_before_anything_large_is_impo
 ) -> None:
     """These imports take most of a second; what is left takes a tenth."""
     (tmp_path / "mine.yaml").write_text("objective: ce\nlr: 0.1\n")
+    (tmp_path / "other.yaml").write_text("objective: [{name: kd, temprature: 4}, ce]\n")
     code = (
         "import sys; from tfkd_ray.cli.main import main\n"
         f"try: code = main({line.split()!r})\nexcept SystemExit as end: code = end.code\n"

@@ -196,7 +196,7 @@ def _parsed_args(argv: list[str]) -> Namespace:
         refuse_rest(parser, verb, rest, argv)
     if rest:
         args.overrides += rest
-    args.words, args.parsed, args.parser = argv, _parsed_args, parser
+    args.words, args.parsed = argv, _parsed_args
     if getattr(args, "experiment", "") is None:
         args.experiment = newest_experiment()
         say_error(f"experiment: {args.experiment} (the newest)")
@@ -351,7 +351,11 @@ def _parser() -> ArgumentParser:
         "-o", "--out", type=Path, metavar="FILE", help="the copy (default: ./NAME.yaml)"
     )
 
-    sub = verb("completion", completion_verb, "Print the completion script of a shell.")
+    sub = verb(
+        "completion",
+        lambda args: completion_verb(args, parser),
+        "Print the completion script of a shell.",
+    )
     sub.add_argument("shell", choices=SHELLS, help="the shell that it is for")
 
     sub = verb(

@@ -1,7 +1,7 @@
 """The verbs `spaces`, `init` and `completion`, which need no experiment yet."""
 
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from tfkd_ray.cli.terminal import say_error, shell_word
@@ -85,8 +85,8 @@ def _check_unused(out: Path) -> None:
     raise ConfigError("exists, and is left as it is; name another file: -o FILE", out)
 
 
-def completion_verb(args: Namespace) -> int:
+def completion_verb(args: Namespace, parser: ArgumentParser) -> int:
     from tfkd_ray.cli.completion import script
 
-    print(script(args.parser, args.shell), end="")
+    print(script(parser, args.shell), end="")
     return OK

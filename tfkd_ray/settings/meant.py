@@ -56,6 +56,11 @@ def wrong_names(tree: dict[str, Any]) -> Iterator[str]:
         if isinstance(below, dict) and not (IN_RANGES - {"name"}) & below.keys():
             for part in below:
                 yield from _wrong_path([key, part])
+    given = tree.get("objective")
+    for objective in given if isinstance(given, list) else [given]:
+        if isinstance(objective, dict) and isinstance(objective.get("name"), str):
+            for part in objective:
+                yield from _wrong_path(["objective", objective["name"], part])
 
 
 def wrong_words(tree: dict[str, Any], overrides: Iterable[str]) -> Iterator[str]:
@@ -64,13 +69,18 @@ def wrong_words(tree: dict[str, Any], overrides: Iterable[str]) -> Iterator[str]
         key, equals, _ = text.partition("=")
         path, section = key.split("."), tree.get(key.partition(".")[0])
         if equals and all(path) and not (isinstance(section, dict) and "choices" in section):
-            yield from (f"{problem} (in {text!r})" for problem in _wrong_path(path[:2]))
+            checked = path[:3] if path[0] == "objective" else path[:2]
+            yield from (f"{problem} (in {text!r})" for problem in _wrong_path(checked))
 
 
 def _wrong_path(path: list[str]) -> Iterator[str]:
-    """Yield a sentence if no setting may have this path, of one or two names."""
+    """Yield a sentence if no setting may have this path, of one or two names; of objectives, three."""
     if path[0] not in settings_below():
         yield no_such_setting(path[:1], settings_below())
+    elif len(path) == 3:
+        known = settings_below(*path[:2])
+        if known and path[2] not in known | {"name"}:
+            yield no_such_setting(path, known)
     elif len(path) > 1 and path[0] in CLOSED and not path[1].isdecimal():
         known = settings_below(path[0])
         if path[1] not in known | IN_RANGES:
