@@ -81,7 +81,7 @@ def _values_of_argument(action: Action, at: str) -> tuple[list[str], list[str]]:
     return [], kinds or (["files"] if is_place else [])
 
 
-def _joined(words: Iterable[str]) -> str:
+def _as_one_word(words: Iterable[str]) -> str:
     return shlex.quote(" ".join(words))
 
 
@@ -96,17 +96,17 @@ def _cases(contexts: list[Completed]) -> Iterator[str]:
     yield "    done"
     yield '    case "$at" in'
     for found in contexts:
-        kinds = _joined(found.kinds)
-        yield f"        {shlex.quote(found.at)}) list={_joined(found.words)} kinds={kinds} ;;"
+        kinds = _as_one_word(found.kinds)
+        yield f"        {shlex.quote(found.at)}) list={_as_one_word(found.words)} kinds={kinds} ;;"
     yield "    esac"
     yield '    case "$at $prev" in'
     for found in contexts:
         for names, (choices, kinds) in found.options.items():
             spelled = "|".join(shlex.quote(f"{found.at} {name}") for name in names)
-            yield f"        {spelled}) list={_joined(choices)} kinds={_joined(kinds)} ;;"
+            yield f"        {spelled}) list={_as_one_word(choices)} kinds={_as_one_word(kinds)} ;;"
     yield "    esac"
     yield "    if [[ $cur != -* ]]; then"
-    yield f'        [[ $kinds == *spaces* ]] && list+=" "{_joined(shipped_files("search_spaces"))}'
+    yield f'        [[ $kinds == *spaces* ]] && list+=" "{_as_one_word(shipped_files("search_spaces"))}'
     yield "        if [[ $kinds == *experiments* ]]; then"
     yield '            list+=" @last"'
     yield "            for word in $(ls tfkd_results 2>/dev/null); do"
@@ -114,7 +114,7 @@ def _cases(contexts: list[Completed]) -> Iterator[str]:
     yield '                    list+=" $word"'
     yield "            done"
     yield "        fi"
-    settings = _joined(f"{name}=" for name in KNOWN)
+    settings = _as_one_word(f"{name}=" for name in KNOWN)
     yield f'        [[ $kinds == *settings* && -n $cur ]] && list+=" "{settings}'
     yield "    fi"
 
@@ -185,9 +185,12 @@ def _fish(contexts: list[Completed]) -> Iterator[str]:
     }
     yield "complete -c tfkd -f"
     for found in contexts:
-        here = f"complete -c tfkd -n {_fish_word(f'__tfkd_at {_fish_word(found.at)}')}"
+        at = f"__tfkd_at {_fish_word(found.at)}"
+        here = f"complete -c tfkd -n {_fish_word(at)}"
+        begun = f"complete -c tfkd -n {_fish_word(f'{at}; and test -n (commandline -ct)')}"
         for kind in found.kinds:
-            yield f"{here} -F" if kind == "files" else f"{here} -a {_fish_word(lists[kind])}"
+            when = begun if kind == "settings" else here  # there are many of them
+            yield f"{when} -F" if kind == "files" else f"{when} -a {_fish_word(lists[kind])}"
         for word, what in found.words.items():
             if not word.startswith("-"):
                 yield f"{here} -a {_fish_word(word)} -d {_fish_word(what)}"
@@ -215,7 +218,7 @@ def _fish_value(given: tuple[list[str], list[str]] | None, lists: dict[str, str]
     words = " ".join([*choices, *(lists[kind] for kind in kinds if kind != "files")])
     return [
         "-r",
-        *(["-F"] if "files" in kinds else []),
+        "-F" if "files" in kinds else "-f",
         *(["-a", _fish_word(words)] if words else []),
     ]
 

@@ -43,15 +43,15 @@ def first_comment(text: str) -> str:
 
 def _described(name: str, tree: Tree, text: str) -> ShippedSpace:
     parts = [tree, *tree.get("arms", [])]
-    students = _names(part.get("student") for part in parts)
+    students = _names_of_settings(part.get("student") for part in parts)
     listed = [part.get("objective") for part in parts]
-    objectives = _names(
+    objectives = _names_of_settings(
         o for given in listed for o in (given if isinstance(given, list) else [given])
     )
     trials = str(tree.get("search", {}).get("num_samples", "grid"))
     if "arms" in tree:
         trials = f"{len(tree['arms'])} arms"
-    (data,) = _names([tree.get("data", "digits")])
+    (data,) = _names_of_settings([tree.get("data", "digits")])
     own = [o for o in objectives if o not in ("ce", "lsr")] or objectives
     gpus = max(part.get("gpus_per_worker", 0) * part.get("workers", 1) for part in parts)
     return ShippedSpace(
@@ -71,7 +71,7 @@ def _gpus(count: float) -> str:
     return "GPU" if count <= 1 else f"{count:g} GPUs"
 
 
-def _names(given: Any) -> list[str]:
+def _names_of_settings(given: Any) -> list[str]:
     """Return the names of settings, once each; of choices those of their items."""
     found: dict[str, None] = {}
     for value in given:
