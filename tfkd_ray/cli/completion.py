@@ -96,8 +96,8 @@ def _cases(contexts: list[Completed]) -> Iterator[str]:
     yield "    done"
     yield '    case "$at" in'
     for found in contexts:
-        kinds = _as_one_word(found.kinds)
-        yield f"        {shlex.quote(found.at)}) list={_as_one_word(found.words)} kinds={kinds} ;;"
+        set_both = f"list={_as_one_word(found.words)} kinds={_as_one_word(found.kinds)}"
+        yield f"        {shlex.quote(found.at)}) {set_both} ;;"
     yield "    esac"
     yield '    case "$at $prev" in'
     for found in contexts:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from tfkd_ray.settings.errors import did_you_mean, near_to
 from tfkd_ray.settings.meant import places_of
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import masked, shown
 
 GROUPS: dict[str, tuple[str, dict[str, str]]] = {
     "prepare": (
@@ -198,4 +198,4 @@ def _hints(verb: ArgumentParser, rest: Sequence[str], words: Sequence[str]) -> I
         after = words[words.index(word) + 1 :][:1]
         if not equals:
             value = "VALUE" if not after or after[0].startswith("-") else after[0]
-        yield f"a setting is written without dashes: {places[0]}={value}"
+        yield f"a setting is written without dashes: {places[0]}={shown(value)}"

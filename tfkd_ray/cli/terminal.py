@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tfkd_ray.space.space import Space
     from tfkd_ray.store.storage import Storage
 from tfkd_ray.settings.errors import INTERRUPTED, ConfigError
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import shown_override
 
 BUDGET_OPTIONS = (
     ("--time-budget", "time_budget_s", "SECONDS", "seconds"),
@@ -160,7 +160,7 @@ def _check_settings(file: str, overrides: Sequence[str]) -> None:
     if not path.is_file():
         return
     tree = read_yaml(path)
-    words = [masked(text) for text in overrides]
+    words = [shown_override(text) for text in overrides]
     if problems := list(wrong_words(tree, words)):
         raise ConfigError(problems, "command line")
     if "arms" not in tree and (problems := list(wrong_names(tree))):

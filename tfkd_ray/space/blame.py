@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import shown_override
 
 MOST_WORDS = 20
 """Most overrides that are left out one by one, each of which takes about 0.1 s."""
@@ -36,7 +36,7 @@ def blamed(error: ConfigError, path: Path, overrides: Sequence[str], build: Buil
     for problem, texts in causes.items():
         rest = _without_arm(problem, keys)
         times[rest] += 1
-        shown = " and ".join(repr(masked(text)) for text in texts)
+        shown = " and ".join(repr(shown_override(text)) for text in texts)
         lines.setdefault(rest, f"{problem} (in {shown}{where})" if texts else problem)
     told = [
         f"{line}; the same in {times[rest] - 1} more arms" if times[rest] > 1 else line

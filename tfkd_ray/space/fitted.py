@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfkd_ray.learn.image_files import IMAGE_SUFFIXES, ImageFolder
+from tfkd_ray.learn.image_files import ImageFolder
+from tfkd_ray.learn.images import IMAGE_SUFFIXES
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
 from tfkd_ray.settings.yaml import Tree, dump_yaml, in_yaml, parse_yaml

@@ -31,7 +31,7 @@ from tfkd_ray.learn.own_loss import whole_numbers
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted, some_of
 from tfkd_ray.settings.meant import no_such_setting
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import masked, shown_override
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
 from tfkd_ray.settings.yaml import Tree, Values, existing_space, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.space.blame import COMMAND_LINE, blamed
@@ -402,7 +402,8 @@ def _with_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
             override(tree, text)
         except ConfigError as error:
             problems += [
-                f"{p.replace(text, masked(text))} (in {masked(text)!r})" for p in error.problems
+                f"{p.replace(text, shown_override(text))} (in {shown_override(text)!r})"
+                for p in error.problems
             ]
     if problems:
         raise ConfigError(problems, COMMAND_LINE)
