@@ -126,6 +126,8 @@ def commands_in(line: str) -> Iterator[list[str]]:
         ("status frist", "did you mean 'first'? `tfkd ls` lists experiments"),
         ("resume frist", "did you mean 'first'?"),
         ("tensorboard first frist", "frist: no such directory"),
+        ("compare first frist", "did you mean 'first'?"),
+        ("stop frist", "did you mean 'first'?"),
         ("tune digits_tfkd --prior frist", "did you mean 'first'?"),
         ("cluster up aws-gp", "did you mean 'aws-gpu'?"),
         ("cluster up slrm", "did you mean 'slurm'?"),
@@ -207,7 +209,7 @@ def test_the_quick_check_refuses_nothing_that_ships(name: str) -> None:
     "line",
     ["", "tun", "tune digits_tfk", "tune digits_tfkd --epochs 3", "tune digits_tfkd lr=3", "train mine.yaml", "tune other.yaml", "confirm nothing",
      "resume nothing", "status nothing", "best nothing", "report nothing", "export nothing", "logs nothing 0", "cluster up nothing",
-     "tensorboard nothing", "init nothing", "completion csh"],
+     "tensorboard nothing", "compare nothing either", "stop nothing", "init nothing", "completion csh"],
 )  # fmt: skip
 def test_a_wrong_file_name_key_or_verb_is_answered_before_anything_large_is_imported(
     line: str, tmp_path: Path
@@ -460,6 +462,8 @@ def test_bash_completes_verbs_options_files_experiments_and_settings(
         ("tfkd teacher ", {"train", "list", "show"}, {"digits_tfkd"}),
         ("tfkd teacher train fash", {"fashion_tfkd"}, set()),
         ("tfkd cluster up aws", {"aws-gpu"}, set()),
+        ("tfkd compare first f", {"first"}, {"fashion_tfkd"}),
+        ("tfkd stop ", {"first", "@last"}, {"digits_tfkd"}),
         ("tfkd confirm ", {"first", "digits_arms"}, set()),
         ("tfkd completion ", {"bash", "zsh", "fish"}, {"first"}),
         ("tfkd init fash", {"fashion_tfkd"}, {"mine.yaml"}),

@@ -20,6 +20,7 @@ KINDS = {
     "overrides": ("settings",),
     "experiment": ("experiments", "files"),
     "experiments": ("experiments", "files"),
+    "others": ("experiments", "files"),
     "prior": ("experiments", "files"),
     "confirm": ("experiments", "files"),
     "source": ("experiments", "files"),
@@ -41,7 +42,7 @@ class Completed:
     """Of each option that takes a value, by its spellings: (choices, kinds)."""
 
 
-def script(parser: ArgumentParser, shell: str) -> str:
+def completion_script(parser: ArgumentParser, shell: str) -> str:
     """Return the script that completes the commands of a parser in a shell."""
     write = dict(zip(SHELLS, (_bash, _zsh, _fish), strict=True))[shell]
     return "\n".join([*write(list(_contexts(parser))), ""])

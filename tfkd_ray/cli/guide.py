@@ -44,6 +44,7 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
             "best": "print the configuration of the best trial",
             "logs": "print the epochs of a trial, or of an objective's trials",
             "ls": "list experiments",
+            "compare": "show sweeps side by side",
             "tensorboard": "compare trials in TensorBoard",
         },
     ),
@@ -103,6 +104,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "best": ("tfkd best first > best.yaml", "tfkd best --all"),
     "logs": ("tfkd logs first t0003", "tfkd logs first tfkd_reg"),
+    "compare": ("tfkd compare first second", "tfkd compare @last first"),
     "ls": ("tfkd ls", "tfkd ls --storage /shared/results"),
     "tensorboard": ("tfkd tensorboard @last", "tfkd tensorboard first second --port 0"),
     "confirm": (

@@ -86,7 +86,7 @@ def _check_unused(out: Path) -> None:
 
 
 def completion_verb(args: Namespace, parser: ArgumentParser) -> int:
-    from tfkd_ray.cli.completion import script
+    from tfkd_ray.cli.completion import completion_script
 
-    print(script(parser, args.shell), end="")
+    print(completion_script(parser, args.shell), end="")
     return OK

@@ -1,6 +1,7 @@
 """Messages, names and paths as the terminal shows them, and ending on Ctrl-C."""
 
 import contextlib
+import itertools
 import os
 import shlex
 import signal
@@ -132,7 +133,8 @@ def check_names(args: Namespace) -> None:
     if elsewhere:
         return
     given = [getattr(args, name, None) for name in ("experiment", "source")]
-    for place in [*given, *getattr(args, "experiments", []), *getattr(args, "prior", [])]:
+    several = [getattr(args, name, []) for name in ("experiments", "others", "prior")]
+    for place in [*given, *itertools.chain(*several)]:
         if isinstance(place, Path):
             _check_experiment(place)
 
