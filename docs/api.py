@@ -1,4 +1,4 @@
-"""Writes docs/api.md, and the tables of docs/space.md, from docstrings and fields: `python docs/api.py`."""
+"""Writes docs/api.md, the tables of docs/space.md and settings/known.py from the code: `python docs/api.py`."""
 
 import inspect
 import json
@@ -41,6 +41,8 @@ PARTS: dict[str, list[type[Settings]]] = {
     "Data sets": members(FIELDS["data"]),
     "Networks": members(FIELDS["student"]),
 }
+CHOSEN = ("model", "objective")
+"""Settings below a teacher whose own settings are left out of the list of names."""
 HEAD = "| setting | default | may be | what it is |\n|---|---|---|---|\n"
 WORDS = {
     "integer": "whole number",
@@ -125,6 +127,31 @@ def about(thing: Any) -> str:
     return f"```python\n{thing.__name__}{text}\n```\n\n{doc}\n"
 
 
+def setting_names() -> list[str]:
+    """Return every setting by its path, of objectives with their names; below networks, one level."""
+    found = dict.fromkeys(["search", *TrainConfig.model_fields])
+
+    def walk(model: type[Settings], path: tuple[str, ...]) -> None:
+        for name, field in model.model_fields.items():
+            there = (*path, name)
+            if name != "name":
+                found[".".join(there)] = None
+            for below in members(field) if len(there) < 3 and name not in CHOSEN else ():
+                walk(below, there)
+
+    for name, field in [*TrainConfig.model_fields.items(), ("search", None)]:
+        for model in members(field) if field else [SearchConfig]:
+            of_objective = (name, str(tag(model))) if name == "objective" else (name,)
+            walk(model, of_objective)
+    return sorted(found)
+
+
+def names_module() -> str:
+    """Return the module of all names of settings."""
+    names = "".join(f'    "{name}",\n' for name in setting_names())
+    return f'"""The names of all settings, written by `python docs/api.py`."""\n\nKNOWN = (\n{names})\n'
+
+
 def pages() -> dict[Path, str]:
     """The text that each generated page should have."""
     lines = [
@@ -143,7 +170,8 @@ def pages() -> dict[Path, str]:
     known = {m.__name__: table(m) for models in PARTS.values() for m in models}
     block = r"(?s)(<!-- (\w+) -->\n).*?(?=\n\n)"
     space = re.sub(block, lambda m: m[1] + known[m[2]], (DOCS / "space.md").read_text())
-    return {DOCS / "api.md": "\n".join(lines), DOCS / "space.md": space}
+    names = DOCS.parent / "tfkd_ray/settings/known.py"
+    return {DOCS / "api.md": "\n".join(lines), DOCS / "space.md": space, names: names_module()}
 
 
 if __name__ == "__main__":

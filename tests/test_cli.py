@@ -142,7 +142,7 @@ def test_a_directory_is_no_file(here: Path, capsys: pytest.CaptureFixture[str]) 
     "argv, message",
     [
         (["tune"], "the following arguments are required: file"),
-        (["tun", "mine.yaml"], "invalid choice: 'tun'"),
+        (["tun", "mine.yaml"], "no such verb: 'tun'; did you mean 'tune'?"),
         (["check", "mine.yaml", "optm.lr=1"], "optm: no such setting; did you mean 'optim'?"),
         (["check", "mine.yaml", "epochs"], "an override is key.path=value"),
         (["check", "mine.yaml", "--x"], "unrecognized arguments: --x"),

@@ -23,7 +23,7 @@ from test_live import view as live_view
 from tfkd_ray.cli.main import main
 
 VERBS = ["tune", "resume", "check", "plan", "explain", "train", "confirm", "export", "teacher", "best", "trials", "status",
-         "logs", "ls", "compare", "report", "tensorboard", "doctor", "stop"]  # fmt: skip
+         "logs", "ls", "compare", "report", "tensorboard", "doctor", "stop", "spaces", "init", "completion"]  # fmt: skip
 WORDS = [
     "bad.yaml", "empty", "nowhere", ".", "/", "~", "-", "--", "--help", "-x", "--seeds", "--num-samples", "--name", "--storage",
     "--limit", "--sort", "--filter", "--columns", "-o", "--json", "--top-k", "--port", "--preset", "smoke", "train", "list", "show",

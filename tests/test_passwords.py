@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
@@ -13,11 +14,13 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from tfkd_ray.cli.main import main
+from tfkd_ray.cli.terminal import check_names
 from tfkd_ray.run.connect import _check_answers
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.run.studies import open_storage, whole_url
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.passwords import masked, masked_words, without_secrets
+from tfkd_ray.space.arms import load_arms
 from tfkd_ray.space.space import build_space, load_space
 from tfkd_ray.store.storage import storage_at
 
@@ -101,6 +104,11 @@ def test_a_url_that_is_misspelt_is_told_without_its_password(
         "space": lambda: build_space({"objective": "ce", "search": {"storage": url}}),
         "settings": lambda: build_space({"objective": "ce", "search": {"storage": {"url": url}}}),
         "override": lambda: load_space("digits_tfkd", [f"search.storage={url}"]),
+        "override of nothing": lambda: load_space("digits_tfkd", [f"search.storag={url}"]),
+        "arms": lambda: load_arms("digits_arms", [f"data.root={{url: {url!r}}}"]),
+        "quick check": lambda: check_names(
+            Namespace(verb="tune", file="digits_tfkd", overrides=[f"search.storag={url}"])
+        ),
         "database": lambda: open_storage(url),
         "environment": lambda: whole_url("postgresql://me:***@host/other"),
         "address": lambda: _check_answers(url),

@@ -85,6 +85,8 @@ def values(storage: Path, out: Path) -> dict[str, list[str]]:
         "prior": [sweep],
         "space": [str(storage / "sweep/experiment.yaml")],
         "cluster": [],
+        "data": [],
+        "shell": ["bash"],
     }
 
 

@@ -335,8 +335,11 @@ def test_one_run_needs_one_value_everywhere() -> None:
     shipped = "digits_tfkd"
     with pytest.raises(ConfigError) as error:
         load_space(shipped).single()
-    assert any("fix it: optim.lr=0.01" in p for p in error.value.problems)
-    assert any(p.endswith("fix it: objective=tfkd_reg") for p in error.value.problems)
+    needed, fixes, *_ = error.value.problems
+    assert needed.startswith("objective, optim.lr, optim.weight_decay: are searched")
+    assert fixes == "fix them: objective=tfkd_reg optim.lr=0.01 optim.weight_decay=1e-05"
+    with pytest.raises(ConfigError, match=r"optim\.lr: is searched .* fix it: optim\.lr=0\.01"):
+        load_space(shipped, ["objective=ce", "optim.weight_decay=0"]).single()
     one = load_space(shipped, ["objective=ce", "optim.lr=0.1", "optim.weight_decay=0"]).single()
     assert one.optim.lr == 0.1 and one.objective.name == "ce"
 

@@ -14,10 +14,10 @@ import threading
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tfkd_ray import __version__
 from tfkd_ray.cli.compare import confirm_verb
+from tfkd_ray.cli.guide import SHELLS, Parser, check_verb_words, overview, refuse_rest, verbs_of
 from tfkd_ray.cli.show import (
     best_verb,
     check_verb,
@@ -33,6 +33,7 @@ from tfkd_ray.cli.show import (
     tensorboard_verb,
     trials_verb,
 )
+from tfkd_ray.cli.start import completion_verb, init_verb, spaces_verb
 from tfkd_ray.cli.stop import stop_verb
 from tfkd_ray.cli.sweep import resume_verb, tune_verb
 from tfkd_ray.cli.terminal import (
@@ -41,6 +42,7 @@ from tfkd_ray.cli.terminal import (
     DEFAULT_SEEDS,
     DEFAULT_STORAGE,
     DEFAULT_TOP_K,
+    check_names,
     experiment_place,
     let_end,
     newest_experiment,
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args.command = command
     try:
+        check_names(args)
         with contextlib.redirect_stdout(Legible(sys.stdout)):
             code: int = args.run(args)
         sys.stdout.flush()
@@ -182,11 +185,15 @@ def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
 def _parsed_args(argv: list[str]) -> Namespace:
     """Parse the arguments; also keep them as `words`, with a parser, for jobs that forward them."""
     parser = _parser()
+    if not argv:
+        say_error(overview(verbs_of(parser)))
+        raise SystemExit(WRONG_INPUT)
+    verb = check_verb_words(parser, argv)
     args, rest = parser.parse_known_args(argv)
     # argparse takes all positional arguments in one place; overrides may stand between and after
     # options
     if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        refuse_rest(parser, verb, rest, argv)
     if rest:
         args.overrides += rest
     args.words, args.parsed = argv, _parsed_args
@@ -240,18 +247,8 @@ def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:cut], argv[cut + 1 :]
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Report an error of the command line, with passwords masked."""
-        super().error(masked(message))
-
-
 def _parser() -> ArgumentParser:
-    parser = _Parser(
-        prog="tfkd",
-        description="Search the hyperparameters of knowledge distillation and teacher-free KD on Ray.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 7 not better, 130 interrupted.",
-    )
+    parser = Parser(prog="tfkd")
     parser.add_argument("--version", action="version", version=f"tfkd {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -333,6 +330,33 @@ def _parser() -> ArgumentParser:
         metavar="TRIAL",
         help="trials to stop for good: names, their unique beginnings, or numbers (default: the sweep)",
     )
+
+    sub = verb("spaces", spaces_verb, "List the search spaces and arms files that ship with tfkd.")
+    _flag(sub, "--about", "also show the question that each of them asks")
+
+    sub = verb(
+        "init",
+        init_verb,
+        "Copy a shipped search space to change it, and fit it to a folder of images.",
+    )
+    sub.add_argument("name", help="name of a shipped one; tfkd spaces lists them")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of images, DIR/train/CLASS/ and DIR/val/CLASS/: classes, size, recipe, epochs and "
+        "batch size are set for it",
+    )
+    sub.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="the copy (default: ./NAME.yaml)"
+    )
+
+    sub = verb(
+        "completion",
+        lambda args: completion_verb(args, parser),
+        "Print the completion script of a shell.",
+    )
+    sub.add_argument("shell", choices=SHELLS, help="the shell that it is for")
 
     sub = verb(
         "check",
@@ -455,6 +479,7 @@ def _parser() -> ArgumentParser:
         "several metrics, the trials that no other beats.",
     )
     experiment(sub)
+    _flag(sub, "--all", "print every setting, including those at their defaults")
     _flag(sub, "--json", "for programs")
 
     def others(sub: ArgumentParser, nargs: str = "*") -> None:
@@ -479,7 +504,10 @@ def _parser() -> ArgumentParser:
 
     sub = verb("logs", logs_verb, "Print the log of a trial, one line per epoch.")
     experiment(sub, follow=True)
-    sub.add_argument("trial", help="name of the trial, the beginning of its name, or its number")
+    sub.add_argument(
+        "trial",
+        help="name of the trial, the beginning of its name, or its number; of an objective: its trials",
+    )
 
     sub = verb("ls", ls_verb, "List experiments and comparisons.")
     storage(sub)

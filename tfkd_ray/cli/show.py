@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
+    from tfkd_ray.settings.yaml import Tree
     from tfkd_ray.space.space import Parameter, Space
+    from tfkd_ray.store.experiment import Record
 from tfkd_ray.cli.fit import join_ray
 from tfkd_ray.cli.terminal import (
     DEFAULT_SEEDS,
@@ -319,8 +321,22 @@ def best_verb(args: Namespace) -> int:
         print(json.dumps(found, indent=1))
         return OK
     print("\n".join(f"# {line}" for line in best_lines(found, experiment)))
-    print(dump_yaml(front[0].config), end="")
+    config = front[0].config
+    if not args.all:
+        config = _shortened_config(front[0])
+        print("# settings as by default are left out (--all: every one)")
+    print(dump_yaml(config), end="")
     return OK
+
+
+def _shortened_config(record: "Record") -> "Tree":
+    """Return a trial's configuration without defaults; the whole of one that this release refuses."""
+    from tfkd_ray.learn.shortened import without_defaults
+
+    try:
+        return without_defaults(record.config, record.parameters)
+    except ConfigError:
+        return record.config
 
 
 def trials_verb(args: Namespace) -> int:

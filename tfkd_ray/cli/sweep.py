@@ -38,9 +38,13 @@ from tfkd_ray.settings.errors import FAILED, OK, ConfigError
 
 def tune_verb(args: Namespace) -> int:
     options = {"num_samples": args.num_samples, **{name: getattr(args, name) for name in BUDGETS}}
-    args.overrides += [
-        f"search.{name}={value}" for name, value in options.items() if value is not None
-    ]
+    given = {name: value for name, value in options.items() if value is not None}
+    names = {
+        "num_samples": "--num-samples",
+        **{name: option for option, name, *_ in BUDGET_OPTIONS},
+    }
+    args.spelled = {f"search.{k}={value}": f"{names[k]} {value}" for k, value in given.items()}
+    args.overrides += args.spelled
     args.overrides += (
         [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
     )

@@ -1,12 +1,14 @@
 """Messages, names and paths as the terminal shows them, and ending on Ctrl-C."""
 
 import contextlib
+import itertools
 import os
 import shlex
 import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from tfkd_ray.space.space import Space
     from tfkd_ray.store.storage import Storage
 from tfkd_ray.settings.errors import INTERRUPTED, ConfigError
+from tfkd_ray.settings.passwords import shown_override
 
 BUDGET_OPTIONS = (
     ("--time-budget", "time_budget_s", "SECONDS", "seconds"),
@@ -97,11 +100,7 @@ def sweep_or_arms(text: str) -> str:
 
 def newest_experiment() -> Path:
     """Return the experiment in ./tfkd_results that was begun last."""
-    begun = {
-        file.parent: file.stat().st_mtime
-        for name in ("experiment.yaml", "confirm.yaml")
-        for file in DEFAULT_STORAGE.glob(f"*/{name}")
-    }
+    begun = _begun_here()
     if not begun:
         raise ConfigError(
             f"no experiment is named, and ./{DEFAULT_STORAGE} has none; name its directory or URL"
@@ -109,10 +108,97 @@ def newest_experiment() -> Path:
     return max(begun, key=lambda folder: begun[folder])
 
 
+def _begun_here() -> dict[Path, float]:
+    """Return when each experiment in ./tfkd_results was begun."""
+    return {
+        file.parent: file.stat().st_mtime
+        for name in ("experiment.yaml", "confirm.yaml")
+        for file in DEFAULT_STORAGE.glob(f"*/{name}")
+    }
+
+
+def check_names(args: Namespace) -> None:
+    """Raise a ConfigError for what a verb names and is not there: files, experiments, settings.
+
+    It is quick, as it imports none of the classes of settings; what it does not see, they tell.
+    """
+    elsewhere = getattr(args, "cluster", None) or "://" in (getattr(args, "address", None) or "")
+    if args.verb == "cluster":
+        _check_cluster_file(args.file)
+    elif args.verb == "confirm":
+        if not elsewhere:
+            _check_sweep_or_arms(args.file)
+    elif hasattr(args, "overrides"):
+        _check_settings(args.file, args.overrides)
+    if elsewhere:
+        return
+    given = [getattr(args, name, None) for name in ("experiment", "source")]
+    several = [getattr(args, name, []) for name in ("experiments", "others", "prior")]
+    for place in [*given, *itertools.chain(*several)]:
+        if isinstance(place, Path):
+            _check_experiment(place)
+
+
+def _check_cluster_file(file: str) -> None:
+    from tfkd_ray.settings.yaml import find_file, is_missing, missing_file
+
+    found = [find_file(file, "clusters", suffix=suffix) for suffix in (".yaml", ".sh")]
+    if all(map(is_missing, found)):
+        raise missing_file(found[0], "clusters")
+
+
+def _check_sweep_or_arms(file: str) -> None:
+    from tfkd_ray.settings.yaml import find_file, is_missing, missing_file
+
+    if "://" not in file and is_missing(found := find_file(file, "search_spaces")):
+        raise missing_file(found, "search_spaces", _experiments_here())
+
+
+def _check_settings(file: str, overrides: Sequence[str]) -> None:
+    from tfkd_ray.settings.meant import wrong_names, wrong_words
+    from tfkd_ray.settings.yaml import existing_space, read_yaml
+
+    path = existing_space(file)
+    if not path.is_file():
+        return
+    tree = read_yaml(path)
+    words = [shown_override(text) for text in overrides]
+    if problems := list(wrong_words(tree, words)):
+        raise ConfigError(problems, "command line")
+    if "arms" not in tree and (problems := list(wrong_names(tree))):
+        raise ConfigError(problems, path)
+
+
+def _check_experiment(place: Path) -> None:
+    from tfkd_ray.settings.errors import near_to
+    from tfkd_ray.settings.yaml import is_missing
+
+    if is_missing(place):
+        here = _experiments_here()
+        near = near_to(place.name, here)
+        meant = "." if near is None else f"; did you mean {near!r}?"
+        listed = " `tfkd ls` lists experiments" if here else ""
+        raise ConfigError(
+            f"no such directory (looked from {Path.cwd()}){meant}{listed}".rstrip("."), place
+        )
+
+
+def _experiments_here() -> list[str]:
+    """Return the names of the experiments in ./tfkd_results."""
+    return sorted(folder.name for folder in _begun_here())
+
+
 def load_file(args: Namespace) -> "Space":
+    """Return the space of a verb's file and overrides; errors name options as they were given."""
     from tfkd_ray.space.space import load_space
 
-    return load_space(args.file, args.overrides)
+    try:
+        return load_space(args.file, args.overrides)
+    except ConfigError as error:
+        problems = error.problems
+        for text, option in getattr(args, "spelled", {}).items():
+            problems = [p.replace(repr(text), repr(option)) for p in problems]
+        raise ConfigError(problems, error.source) from None
 
 
 def have_data(config: "TrainConfig", args: Namespace) -> None:

@@ -1,6 +1,7 @@
 """The verbs `train` and `teacher`, which train one network."""
 
 import contextlib
+import shlex
 import signal
 import time
 from argparse import Namespace
@@ -92,7 +93,11 @@ def train_verb(args: Namespace) -> int:
             "one run is made on this machine's disk: name a directory, or leave it out", "--storage"
         )
     space = load_file(args)
-    config = space.single()
+    try:
+        config = space.single()
+    except ConfigError as error:
+        mine = f"tfkd tune {shlex.quote(args.file)}"
+        raise ConfigError([p.replace("tfkd tune FILE", mine) for p in error.problems]) from None
     from tfkd_ray.learn.dataset import notes_on_unlabelled
     from tfkd_ray.settings.files import check_writable, expanded
 

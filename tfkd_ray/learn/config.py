@@ -265,10 +265,18 @@ def _input_problems(teacher: TeacherConfig, channels: int, where: str) -> Iterat
 
 
 def number_teachers(tree: dict[str, Any]) -> None:
-    """Put a list of teachers in a tree where their settings stand by number: below `teachers`."""
+    """Put a list of teachers in a tree where their settings stand by number: below `teachers`.
+
+    A name alone is that of the teacher's network: `teacher: cnn`.
+    """
     given = tree.get("teacher")
+    if isinstance(given, str):
+        tree["teacher"] = {"model": given}
     if isinstance(given, list | tuple) and given and not tree.get("teachers"):
-        tree["teachers"] = {str(k): teacher for k, teacher in enumerate(given, start=1)}
+        tree["teachers"] = {
+            str(k): {"model": teacher} if isinstance(teacher, str) else teacher
+            for k, teacher in enumerate(given, start=1)
+        }
         del tree["teacher"]
 
 
@@ -287,7 +295,8 @@ class TrainConfig(Settings):
     objective: Objective
     teacher: TeacherConfig | None = None
     """The teacher of `kd` and the other distillation objectives. `tfkd_self` has a default: the
-    student's network under the recipe. A list is short for `teachers`."""
+    student's network under the recipe. The name of a network is short for `{model: NAME}`, a list
+    for `teachers`."""
     teachers: dict[str, SharingTeacher] = {}
     """Two or more teachers by number, from 1; written as a list, `teacher: [{...}, {...}]`. Each is
     an artifact of its own; the student learns from the mean of their softened probabilities."""

@@ -75,15 +75,20 @@ file."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a hint that ends a sentence: the nearest known word, or else all of them.
-
-    Words that begin with `word` come before other near ones.
-    """
+    """Return a hint that ends a sentence: the nearest known word, or else all of them."""
     options = sorted(known)
-    near = difflib.get_close_matches(word, options, n=3, cutoff=0.6)
-    if not near:
-        return f"known: {', '.join(options)}"
-    return f"did you mean {max(near, key=lambda option: option.startswith(word))!r}?"
+    near = near_to(word, options)
+    return f"known: {', '.join(options)}" if near is None else f"did you mean {near!r}?"
+
+
+def near_to(word: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """Return the known word that is nearest to `word`; None if none is near.
+
+    Words that begin with `word` come before other near ones. `alike` is the least share of letters
+    in common.
+    """
+    near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=alike)
+    return max(near, key=lambda option: option.startswith(word), default=None)
 
 
 def dotted(path: Iterable[object]) -> str:

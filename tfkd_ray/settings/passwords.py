@@ -124,6 +124,12 @@ def shown(text: str) -> str:
     return HIDDEN + text[text.rindex("@") :]
 
 
+def shown_override(text: str) -> str:
+    """Return a `key.path=value` of the command line, its value shown as what might be a URL."""
+    key, equals, value = text.partition("=")
+    return f"{key}{equals}{shown(value)}" if equals else shown(text)
+
+
 def without_secrets(text: str, urls: Iterable[str]) -> str:
     """Return a message of another program (a database, a driver) without the passwords of these
     URLs.

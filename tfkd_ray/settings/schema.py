@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.meant import no_such_setting
 from tfkd_ray.settings.passwords import masked, shown
 
 
@@ -103,7 +104,7 @@ def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
     got = (shown if loc[-1:] == ("storage",) else masked)(repr(value))
     if kind == "extra_forbidden":
         known = settings_at(model, loc[:-1])
-        return f"{path}: no such setting; {did_you_mean(str(loc[-1]), known)}"
+        return no_such_setting([str(part) for part in _without_default_tag(loc)], known)
     if kind == "union_tag_invalid":
         tags = [t.strip(" '") for t in e["ctx"]["expected_tags"].split(",")]
         return f"{path}: no such name {masked(repr(e['ctx']['tag']))}; {did_you_mean(e['ctx']['tag'], tags)}"

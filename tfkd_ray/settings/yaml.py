@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.errors import ConfigError, near_to
 from tfkd_ray.settings.files import legible, opened, read_at_most
 
 Tree = dict[str, Any]
@@ -276,10 +276,8 @@ def bytes_of(path: Path, *, follow: bool = True) -> bytes:
             raise ConfigError(f"larger than any such file: more than {MOST_YAML_BYTES} bytes", path)
         return bytes(content)
     except FileNotFoundError:
-        folder = path.parent if path.parent.is_dir() else Path()
-        near = [p.name for p in folder.glob("*.yaml")]
-        hint = f"; {did_you_mean(path.name, near)}" if near else ""
-        raise ConfigError(f"no such file (looked from {Path.cwd()}){hint}", path) from None
+        near = _near_file(path, _files_beside(path))
+        raise ConfigError(f"no such file (looked from {Path.cwd()}){near}", path) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", path) from None
 
@@ -377,6 +375,62 @@ def find_file(path: str | Path, folder: str, *, suffix: str = ".yaml") -> Path:
     roots = (package, package.parent)
     shipped = [root / folder / inside.with_suffix(suffix) for root in roots]
     return next((p for p in shipped if p.exists() and ".." not in inside.parts), given)
+
+
+def shipped_files(folder: str) -> dict[str, Path]:
+    """Return the files that the package has in a folder, by the names that `find_file` takes."""
+    package = Path(__file__).parent.parent
+    root = next((r for r in (package, package.parent) if (r / folder).is_dir()), package) / folder
+    found = sorted(path for path in root.rglob("*.*") if path.suffix in (".yaml", ".sh"))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in found}
+
+
+def existing_space(path: str | Path) -> Path:
+    """Return the search-space or arms file of a path, or of a shipped one's name.
+
+    If there is none, the ConfigError names near ones, and the command that lists those shipped.
+    """
+    found = find_file(path, "search_spaces")
+    if is_missing(found):
+        raise missing_file(found, "search_spaces")
+    return found
+
+
+def is_missing(path: Path) -> bool:
+    """Return whether there is surely nothing at a path; what cannot be looked at may be there."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def missing_file(path: Path, folder: str, more: Iterable[str] = ()) -> ConfigError:
+    """Return an error on a file that is not there; it names the nearest of those that might be meant.
+
+    Args:
+        folder: of the package, whose files have names.
+        more: other names that would do.
+    """
+    near = _near_file(path, [*shipped_files(folder), *_files_beside(path), *more]) or "."
+    listed = " `tfkd spaces` lists what ships with tfkd" if folder == "search_spaces" else ""
+    return ConfigError(f"no such file (looked from {Path.cwd()}){near}{listed}".rstrip("."), path)
+
+
+def _files_beside(path: Path) -> list[str]:
+    """Return the names of the YAML files in the directory of a path."""
+    folder = path.parent if path.parent.is_dir() else Path()
+    return sorted(p.name for p in folder.glob("*.yaml"))
+
+
+def _near_file(path: Path, known: Iterable[str]) -> str:
+    """Return a hint that ends a sentence: the file that is nearest by its name; empty if none is."""
+    names = {stem: name for name in known for stem in (name, name.removesuffix(".yaml"))}
+    words = (str(path), str(path).removesuffix(".yaml"), path.name, path.stem)
+    near = next(filter(None, (near_to(word, names) for word in words)), None)
+    return "" if near is None else f"; did you mean {names[near]!r}?"
 
 
 def leaves_of(

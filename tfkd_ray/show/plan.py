@@ -321,6 +321,8 @@ def lines(
         ends = ", ".join(f"{value:g} {name}" for name, value in found.budgets.items())
         yield f"trials until a budget is spent: {ends}"
         yield f"what follows is of {OF_MANY} trials of each objective"
+    if not found.compares:
+        yield from in_words(found)
     yield from in_columns(_table_of_arms(found) if found.compares else _table_of_trials(found), 80)
     most = sum(part.most for part in found.parts)
     if found.compares:
@@ -395,6 +397,35 @@ def _budget_lines(found: SweepPlan, slots: int) -> Iterator[str]:
     for name, limit in (found.budgets or {}).items():
         if held.get(name):
             yield f"{limit:g} {name}: about {limit / held[name]:.0f} trials"
+
+
+def in_words(found: SweepPlan) -> Iterator[str]:
+    """Yield what a sweep is expected to do, in sentences: its trials, and what early stopping leaves."""
+    parts = found.parts
+    trials = sum(part.trials for part in parts)
+    epochs = parts[0].reaching[-1][0]
+    shares = {part.trials for part in parts}
+    dealt = f"{min(shares)} each" if len(shares) == 1 else f"{min(shares)} or {max(shares)} each"
+    whose = parts[0].objective if len(parts) == 1 else f"{dealt} of {_and_listed(parts)}"
+    yield from wrapped(f"{trials} trials of {epochs} epochs: {whose}.", rest="")
+    rungs = [epoch for epoch, _ in parts[0].reaching[:-1]]
+    if not rungs:
+        yield "None is stopped early."
+        return
+    ends = sum(part.reaching[-1][1] for part in parts)
+    where = " and ".join(map(str, rungs)) if len(rungs) < 4 else f"{rungs[0]} to {rungs[-1]}"
+    saved = 1 - found.epochs / max(1, sum(part.most for part in parts))
+    yield from wrapped(
+        f"Trials that are behind are stopped after epoch {where}, so that about {ends:.0f} of {trials} run to the "
+        f"end. That saves {saved * 100:.0f} % of the epochs.",
+        rest="",
+    )
+    yield ""
+
+
+def _and_listed(parts: tuple[Part, ...]) -> str:
+    *some, last = [part.objective for part in parts]
+    return f"{', '.join(some)} and {last}"
 
 
 def _epoch_seconds(config: TrainConfig) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.settings.columns import in_columns, on_one_line
-from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, some_of
 from tfkd_ray.settings.files import json_tree, opened, read_at_most
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.status import (
@@ -290,16 +290,37 @@ def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float =
     """Yield a trial's log by line: its epochs and how it ended, with the traceback if it failed.
 
     Args:
-        trial: its name, a unique beginning of it (t0007), or its number.
+        trial: its name, a unique beginning of it (t0007), or its number; or an objective, or an arm:
+            the logs of its trials, each below its name.
         follow: wait for more while the trial runs.
     """
-    read_plan(experiment)
-    folder = folder_of_trial(experiment, trial)
+    plan = read_plan(experiment)
+    if trial in plan.rows:
+        return _logs_of_row(experiment, trial, follow)
+    folder = folder_of_trial(experiment, trial, list(plan.rows))
     return _log_lines(experiment, folder, follow, every_s)
 
 
-def folder_of_trial(experiment: Path, trial: str) -> Path:
-    """Return the folder of the trial that a user names: by name, its unique beginning, or number."""
+def _logs_of_row(experiment: Path, row: str, follow: bool) -> Sentences:
+    """Yield the logs of an objective's or an arm's trials, each below its name."""
+    plan = read_plan(experiment)
+    records = [record for record in read_lasts(experiment) if plan.row(record) == row]
+    if follow:
+        names = some_of([record.name for record in records]) or "none has begun"
+        raise ConfigError(f"--follow: one trial at a time; {row} has {names}", experiment)
+    if not records:
+        yield f"no trial of {row} has begun"
+    for number, record in enumerate(records):
+        yield from ["", record.name] if number else [record.name]
+        for line in _log_lines(experiment, record.folder, False, 0):
+            yield f"  {line}"
+
+
+def folder_of_trial(experiment: Path, trial: str, others: Sequence[str] = ()) -> Path:
+    """Return the folder of the trial that a user names: by name, its unique beginning, or number.
+
+    `others` are further names that would do.
+    """
     folders = {
         folder.name: folder
         for folder in trial_folders(experiment)
@@ -315,9 +336,9 @@ def folder_of_trial(experiment: Path, trial: str) -> Path:
         raise ConfigError(
             f"{trial!r} is the beginning of {len(near)} trials: {near[0].name}, {near[1].name}, ..."
         )
+    known = [*folders, *others]
     raise ConfigError(
-        f"no trial {trial!r}; "
-        + (did_you_mean(trial, list(folders)) if folders else "none has begun"),
+        f"no trial {trial!r}; " + (did_you_mean(trial, known) if folders else "none has begun"),
         experiment,
     )
 

@@ -32,7 +32,8 @@ from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotte
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import Settings, name_alone, validated
-from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, find_file, read_yaml
+from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, existing_space, read_yaml
+from tfkd_ray.space.blame import blamed
 from tfkd_ray.space.ranges import Domain, name_of
 from tfkd_ray.space.space import (
     NEVER_TAUGHT,
@@ -148,7 +149,7 @@ class Run:
 
 def is_arms_file(path: Path | str) -> bool:
     """Return whether a file, or the packaged one of that name, lists arms and is not a space."""
-    return "arms" in read_yaml(find_file(path, "search_spaces"))
+    return "arms" in read_yaml(existing_space(path))
 
 
 def load_arms(
@@ -161,8 +162,14 @@ def load_arms(
         overrides: `key.path=value` each, applied to every arm.
         preset: `smoke` scales every arm down: see `Arms.preset`.
     """
-    path = find_file(path, "search_spaces")
-    return build_arms(read_yaml(path), path, overrides, preset=preset)
+    path = existing_space(path)
+    tree = read_yaml(path)
+    try:
+        return build_arms(tree, path, overrides, preset=preset)
+    except ConfigError as error:
+        raise blamed(
+            error, path, overrides, lambda words: build_arms(tree, path, words, preset=preset)
+        ) from None
 
 
 def build_arms(

@@ -10,6 +10,7 @@ itself, at both ends of every range.
 import copy
 import importlib.util
 import itertools
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +29,12 @@ from tfkd_ray.learn.objectives import Canonical, recorded
 from tfkd_ray.learn.own import is_only_reading
 from tfkd_ray.learn.own_loss import whole_numbers
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted, some_of
+from tfkd_ray.settings.meant import no_such_setting
+from tfkd_ray.settings.passwords import masked, shown_override
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
-from tfkd_ray.settings.yaml import Tree, Values, find_file, in_yaml, parse_yaml, read_yaml
+from tfkd_ray.settings.yaml import Tree, Values, existing_space, in_yaml, parse_yaml, read_yaml
+from tfkd_ray.space.blame import COMMAND_LINE, blamed
 from tfkd_ray.space.points import own_points
 from tfkd_ray.space.ranges import (
     RANGE_KEYS,
@@ -321,22 +324,34 @@ class Space(Searched):
 
     def single(self) -> TrainConfig:
         """Return the only configuration of a file without ranges; else raise a ConfigError."""
-        problems = []
-        if len(self.branches) > 1:
-            names = ", ".join(b.objective for b in self.branches)
-            first = self.branches[0].objective
-            problems.append(
-                f"objective: is a choice of {names}, and one run needs one; fix it: objective={first}"
-            )
-        for p in self.parameters:
-            if p.within is None:
-                first = p.domain.probes[0]
-                problems.append(
-                    f"{p.name}: is searched ({p.domain}), and one run needs one value; fix it: {p.name}={first}"
-                )
-        if problems:
-            raise ConfigError(problems)
-        return self.branches[0].config({})
+        several = len(self.branches) > 1
+        asked = [p for p in self.branches[0].parameters if p.within is None]
+        if several:  # those of all objectives, as `objective=` leaves the ranges of the others out
+            asked = [p for p in asked if p.path[0] != "objective"]
+        if not several and not asked:
+            return self.branches[0].config({})
+        names = [*(["objective"] if several else []), *(p.name for p in asked)]
+        fixes = [
+            *([f"objective={self.branches[0].objective}"] if several else []),
+            *(f"{p.name}={in_yaml(p.domain.probes[0])}" for p in asked),
+        ]
+        problems = [
+            f"{p.name}: is searched ({p.domain}), and one run needs one value; fix it: {fix}"
+            for p, fix in zip(asked, fixes, strict=False)
+            if len(names) == 1 and not several
+        ]
+        if not problems:
+            found = some_of(names)
+            problems = [f"{found}: are searched, and one run needs one value of each"]
+            if len(fixes) <= 4:
+                problems.append(f"fix them: {' '.join(map(shlex.quote, fixes))}")
+        raise ConfigError(
+            [
+                *problems,
+                "search them: tfkd tune FILE",
+                "or train the best trial of a sweep: tfkd best EXPERIMENT > best.yaml && tfkd train best.yaml",
+            ]
+        )
 
     def teacher_runs(self) -> list[TeacherRun]:
         """Return every teacher that a trial of this space may need, once each."""
@@ -364,19 +379,35 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
         raise ConfigError(
             f"overrides: a list of texts, ['optim.lr=0.1'], got {masked(repr(overrides))}"
         )
-    path = find_file(path, "search_spaces")
+    path = existing_space(path)
     tree = read_yaml(path)
+
+    def build(words: Sequence[str]) -> Space:
+        return build_space(_with_overrides(tree, words), path)
+
+    try:
+        return build(overrides or ())
+    except ConfigError as error:
+        if error.source == COMMAND_LINE:
+            raise
+        raise blamed(error, path, overrides or (), build) from None
+
+
+def _with_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """Return a file's tree with the settings of the command line."""
+    tree = copy.deepcopy(tree)
     problems: list[str] = []
-    for text in overrides or ():
+    for text in overrides:
         try:
             override(tree, text)
         except ConfigError as error:
             problems += [
-                f"{p.replace(text, masked(text))} (in {masked(text)!r})" for p in error.problems
+                f"{p.replace(text, shown_override(text))} (in {shown_override(text)!r})"
+                for p in error.problems
             ]
     if problems:
-        raise ConfigError(problems, "command line")
-    return build_space(tree, path)
+        raise ConfigError(problems, COMMAND_LINE)
+    return tree
 
 
 def build_space(tree: Tree, source: str | Path | None = None) -> Space:
@@ -1351,7 +1382,7 @@ def override(tree: Tree, text: str) -> None:
         raise ConfigError(f"{text}: an override is key.path=value, for example optim.lr=0.1")
     if path[0] not in {"search", *TrainConfig.model_fields}:
         known = settings_at(TrainConfig, ()) | {"search"}
-        raise ConfigError(f"{path[0]}: no such setting; {did_you_mean(path[0], known)}")
+        raise ConfigError(no_such_setting(path[:1], known))
     here: Any = tree
     if path[0] == "objective" and len(path) > 2:
         here, path = _one_objective(tree, path)

@@ -1,0 +1,92 @@
+"""The verbs `spaces`, `init` and `completion`, which need no experiment yet."""
+
+import shutil
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from tfkd_ray.cli.terminal import say_error, shell_word
+from tfkd_ray.settings.columns import in_columns, wrapped
+from tfkd_ray.settings.errors import OK, ConfigError, near_to
+
+
+def spaces_verb(args: Namespace) -> int:
+    from tfkd_ray.space.shipped import shipped_spaces
+
+    found = list(shipped_spaces())
+    cells = [list(space[:6]) for space in found]
+    heads = ["name", "data", "objectives", "student", "trials", "needs"]
+    table = in_columns("\t".join(row) for row in [heads, *cells])
+    if max(map(len, table)) > shutil.get_terminal_size((USUAL_WIDTH, 24)).columns:
+        table = in_columns("\t".join(row[:3] + row[4:]) for row in [heads, *cells])
+    print(table[0])
+    for space, line in zip(found, table[1:], strict=True):
+        print(line)
+        if args.about:
+            print(*wrapped(space.about, first="    ", rest="    "), sep="\n")
+    say_error(
+        "`tfkd init NAME` copies one to change it; ce and lsr are tuned beside the objectives;\n"
+        "all data but digits are read from data.root (`tfkd check NAME` shows it)"
+    )
+    return OK
+
+
+USUAL_WIDTH = 120
+"""Columns of a table if nothing says how wide the terminal is."""
+
+
+def init_verb(args: Namespace) -> int:
+    from tfkd_ray.settings.yaml import shipped_files, text_of
+    from tfkd_ray.space.shipped import copied
+
+    known = shipped_files("search_spaces")
+    name = args.name.removeprefix("search_spaces/").removesuffix(".yaml")
+    if name not in known:
+        near = near_to(name, known)
+        meant = "" if near is None else f" did you mean {near!r}?"
+        raise ConfigError(f"no such search space;{meant} `tfkd spaces` lists them", args.name)
+    out = args.out or Path(f"{Path(name).name}.yaml")
+    _check_unused(out)
+    text = copied(text_of(known[name]), name, out)
+    if args.data is not None:
+        text = _on_data(text, args.data)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        _check_unused(out)
+        raise
+    print(out)
+    say_error(f"look at it with:\n  tfkd check {shell_word(out)}")
+    return OK
+
+
+def _on_data(text: str, root: Path) -> str:
+    """Return the text of a shipped file for images in a folder, or for its own data set there."""
+    from tfkd_ray.space.fitted import data_of, fitted_space, look_at, rooted
+
+    if data_of(text) != "digits" and root.is_dir() and not (root / "train").is_dir():
+        say_error(f"data.root: {root}")
+        return rooted(text, root)
+    seen = look_at(root)
+    text = fitted_space(text, seen)
+    say_error(
+        f"{root}: {seen.images} images of {seen.classes} classes in train, read at {seen.size}x{seen.size}; "
+        "recipe, epochs and batch size are set for as many"
+    )
+    return text
+
+
+def _check_unused(out: Path) -> None:
+    """Raise a ConfigError if there is something at a path: a file of the user's is never replaced."""
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    raise ConfigError("exists, and is left as it is; name another file: -o FILE", out)
+
+
+def completion_verb(args: Namespace, parser: ArgumentParser) -> int:
+    from tfkd_ray.cli.completion import completion_script
+
+    print(completion_script(parser, args.shell), end="")
+    return OK

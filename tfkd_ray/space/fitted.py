@@ -1,0 +1,212 @@
+"""A search space, as text with its comments, fitted to a folder of images.
+
+The classes and images in DIR/train/CLASS are counted and some are measured; data, recipe, epochs and
+batch size are set accordingly.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.learn.image_files import ImageFolder
+from tfkd_ray.learn.images import IMAGE_SUFFIXES
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import opened
+from tfkd_ray.settings.yaml import Tree, dump_yaml, in_yaml, parse_yaml
+from tfkd_ray.space.arms import build_arms
+from tfkd_ray.space.space import build_space
+
+MEASURED = 50
+"""Images whose size is looked at."""
+MOST_PIXELS, LEAST_PIXELS, PIXEL_UNIT = 224, 8, 8
+"""Sizes of images in pixels, and their unit."""
+FITTED_BATCHES = (8, 128)
+"""Smallest and largest batch."""
+STEPS_AN_EPOCH = 20
+"""Fewest steps of an epoch that a batch leaves, if it is not the smallest."""
+FITTED_STEPS = 3000
+"""Steps of a trial."""
+FITTED_EPOCHS = (18, 90)
+"""Fewest and most epochs, which come before `FITTED_STEPS`."""
+
+
+@dataclass(frozen=True)
+class SeenImages:
+    """Facts of a folder of images."""
+
+    root: Path
+    classes: int
+    images: int
+    """Images of the train folder."""
+    size: int
+    """Side of the squares in which they are read, in pixels."""
+
+
+def look_at(root: Path) -> SeenImages:
+    """Return the facts of the images in root/train/CLASS; a ConfigError if there are none."""
+    train = root / "train"
+    form = f"images are expected at {root}/train/CLASS/ and {root}/val/CLASS/"
+    if not train.is_dir():
+        what = "no folder `train` in it" if root.is_dir() else "no such directory"
+        raise ConfigError(f"{what}; {form}", root)
+    classes = sorted(p for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [path for folder in classes for path in _images_in(folder)]
+    if len(classes) < 2 or not found:
+        raise ConfigError(
+            f"{len(classes)} class folders with {len(found)} images; {form}, of two classes or more",
+            train,
+        )
+    return SeenImages(root.absolute(), len(classes), len(found), _usual_side(found))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _usual_side(images: list[Path]) -> int:
+    """Return the usual shorter side of some images, rounded down to a size that networks take."""
+    from PIL import Image, UnidentifiedImageError
+
+    sides = []
+    for path in images[:: max(1, len(images) // MEASURED)]:
+        try:
+            with opened(path) as file, Image.open(file) as image:
+                sides.append(min(image.size))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+            continue  # the check of all images names it
+    usual = int(statistics.median(sides)) if sides else MOST_PIXELS
+    return max(LEAST_PIXELS, min(MOST_PIXELS, usual // PIXEL_UNIT * PIXEL_UNIT))
+
+
+def batch_for(images: int) -> int:
+    """Return the batch size for a number of train images: a power of two, 20 steps an epoch."""
+    most = max(1, images // STEPS_AN_EPOCH)
+    return max(FITTED_BATCHES[0], min(FITTED_BATCHES[1], 1 << int(math.log2(most))))
+
+
+def epochs_for(images: int, batch: int) -> int:
+    """Return the epochs of a trial for a number of train images."""
+    return max(FITTED_EPOCHS[0], min(FITTED_EPOCHS[1], round(FITTED_STEPS / (images / batch))))
+
+
+def fitted_space(text: str, seen: SeenImages) -> str:
+    """Return the text of a search space or an arms file, fitted to a folder of images."""
+    tree: Tree = parse_yaml(text, "the shipped file")
+    given = tree.get("data")
+    kept = {k: given[k] for k in ("val_fraction",) if isinstance(given, dict) and k in given}
+    used = int(seen.images * (1 - kept.get("val_fraction", 0.2)))
+    batch = batch_for(used)
+    changes: Tree = {
+        "data": {
+            "name": "image_folder",
+            "root": str(seen.root),
+            "num_classes": seen.classes,
+            "image_size": seen.size,
+            **kept,
+        },
+        "recipe": "modern",
+        "epochs": epochs_for(used, batch),
+        "augment": None,
+        "optim": _with_batch(tree.get("optim"), batch),
+    }
+    whole = {k: v for k, v in {**tree, **changes}.items() if v is not None}
+    teacher = _settings_under(tree, "teacher")
+    if _batch_of_teachers(whole) > batch:
+        changes["teacher"] = {
+            **teacher,
+            "optim": _with_batch(teacher.get("optim"), batch),
+        }
+        whole["teacher"] = changes["teacher"]
+    _batch_of_teachers(whole)  # raises for what does not fit these images
+    ImageFolder(**changes["data"]).check()
+    for key, value in changes.items():
+        if value != tree.get(key):
+            text = with_setting(text, key, value)
+    told = f"# {seen.images} images in train, as `tfkd init` counted them"
+    text = re.sub(r"(?m)^data: .*$", lambda line: f"{told}\n{line[0]}", text, count=1)
+    if parse_yaml(text, "the fitted file") != whole:
+        text = "".join(_comment_lines(text)) + "\n" + dump_yaml(whole)
+    return text
+
+
+def _with_batch(optim: Any, batch: int) -> Tree:
+    """Return the settings of an optimizer, or of each that is chosen from, with a batch size."""
+    optim = {"name": optim} if isinstance(optim, str) else optim or {}
+    if "choices" in optim:
+        return {"choices": [_with_batch(item, batch) for item in optim["choices"]]}
+    return {**optim, "batch_size": batch}
+
+
+def data_of(text: str) -> str:
+    """Return the name of a file's data set."""
+    given = parse_yaml(text, "the shipped file").get("data", "digits")
+    return str(given["name"] if isinstance(given, dict) else given)
+
+
+def rooted(text: str, root: Path) -> str:
+    """Return the text of a file whose data set is read from another place; it must be there."""
+    tree: Tree = parse_yaml(text, "the shipped file")
+    given = tree.get("data")
+    data = {**(given if isinstance(given, dict) else {"name": given}), "root": str(root.absolute())}
+    whole = {**tree, "data": data}
+    built = build_arms(whole) if "arms" in tree else build_space(whole)
+    built.example.data.check()
+    return with_setting(text, "data", data)
+
+
+def _settings_under(tree: Mapping[str, Any], key: str) -> Tree:
+    given = tree.get(key)
+    return dict(given) if isinstance(given, dict) else {}
+
+
+def _batch_of_teachers(tree: Tree) -> int:
+    """Return the largest batch of a teacher that is trained; 0 without teachers."""
+    if "arms" in tree:
+        runs = [run for arm in build_arms(tree).arms for run in arm.config.teacher_runs()]
+    else:
+        runs = build_space(tree).teacher_runs()
+    return max((run.optim.batch_size for run in runs), default=0)
+
+
+def _comment_lines(text: str) -> Iterator[str]:
+    for line in text.splitlines(keepends=True):
+        if not line.startswith("#"):
+            return
+        yield line
+
+
+def with_setting(text: str, key: str, value: Any) -> str:
+    """Return YAML text with another value of a setting at its top; None: without it.
+
+    Of settings that stand below each other, only the lines of those that differ are written anew.
+    """
+    lines = text.splitlines()
+    start = next((k for k, line in enumerate(lines) if re.match(rf"{key}:(\s|$)", line)), None)
+    if start is None:
+        if value is None:
+            return text
+        at = next((k for k, line in enumerate(lines) if re.match(r"\w", line)), len(lines))
+        return "\n".join([*lines[:at], f"{key}: {in_yaml(value)}", *lines[at:], ""])
+    end = start + 1
+    while end < len(lines) and re.match(r"\s+\S", lines[end]):
+        end += 1
+    block = lines[start:end]
+    written = [] if value is None else [f"{key}: {in_yaml(value)}"]
+    flat = all(re.match(r"  (\w+:\s*[^\s#]|#)", line) for line in block[1:])
+    if isinstance(value, dict) and flat and re.fullmatch(rf"{key}:\s*(#.*)?", block[0]):
+        written = [block[0], *_lines_below(block[1:], value)]
+    return "\n".join([*lines[:start], *written, *lines[end:], ""])
+
+
+def _lines_below(block: list[str], value: Tree) -> Iterator[str]:
+    """Yield the lines of settings, those that have another value now replaced or added."""
+    there: Tree = parse_yaml("\n".join(block), "a part of the file") or {}
+    changed = {k: v for k, v in value.items() if there.get(k) != v}
+    for line in block:
+        key = line.strip().partition(":")[0]
+        yield f"  {key}: {in_yaml(changed.pop(key))}" if key in changed else line
+    yield from (f"  {key}: {in_yaml(v)}" for key, v in changed.items())
