@@ -353,6 +353,7 @@ def draw(storage: Path, path: Path) -> None:
     axes.errorbar(middle, places, xerr=ends, fmt="o", color="#0072B2", capsize=3)
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.set_yticks(places, names)
+    axes.margins(y=0.15)
     axes.invert_yaxis()
     axes.set_xlabel("lead over tuned plain training on test, points; 95 % over paired seeds")
     figure.savefig(path, metadata={"Date": None})

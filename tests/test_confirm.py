@@ -441,7 +441,7 @@ def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_pa
     (tmp_path / "test_openings.jsonl").write_text(line + "\n" + line[:20])
     result = outcome_of(tmp_path, {"ce": FAIR, "reg": GOOD})
     assert any(
-        "was opened 1 times before in this storage, first on 2026-01-01 by c" in note
+        "was opened once before in this storage, first on 2026-01-01 by c" in note
         for note in result["notes"]
     )
 

@@ -662,8 +662,9 @@ def _notes_of(directory: Path, compared: Comparison) -> Sentences:
     elif times > 1:
         yield "this test split was opened again after more runs were trained: the verdict before may have been seen"
     if before:
+        often = "once" if len(before) == 1 else f"{len(before)} times"
         yield (
-            f"this test split was opened {len(before)} times before in this storage, first on "
+            f"this test split was opened {often} before in this storage, first on "
             f"{before[-1]['when'][:10]} by {before[-1]['experiment']}: what was chosen since may have been chosen by it"
         )
     for arm in compared.arms.arms:
