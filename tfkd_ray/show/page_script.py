@@ -229,7 +229,9 @@ for (const plot of plots) {
       plot.clearing = false;
     });
   });
-  plot.on('plotly_doubleclick', () => choose([], false));
+  for (const name of ['plotly_doubleclick', 'plotly_deselect']) {  // the second after boxes
+    plot.on(name, () => { if (!plot.clearing) choose([], false); });
+  }
   plot.on('plotly_afterplot', () => mark(plot));
 }
 dark.addEventListener('change', () => plots.forEach(draw));
