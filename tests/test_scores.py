@@ -324,7 +324,8 @@ def test_a_front_is_a_table_whose_columns_are_as_wide_as_their_names() -> None:
         {"val_auroc": 0.8, "val_balanced_accuracy": 1.0, "parameters": 9.0},
     ]
     best = [{"trial": f"t000{k}-ce", "values": v} for k, v in enumerate(values)]
-    lines = best_lines({"metrics": list(values[0]), "trials": 2, "best": best}, Path("e"))
+    found = {"metrics": list(values[0]), "constraints": "", "trials": 2, "best": best}
+    lines = best_lines(found, Path("e"))
     assert {len(line) for line in lines[1:4]} == {len(lines[1])} and lines[2].split() == [
         "t0000-ce",
         "0.9000",
