@@ -523,6 +523,8 @@ def test_points_and_boxes_of_points_choose_their_trials(opened: Any) -> None:
     page.mouse.move(area["x"] + area["width"] - 2, area["y"] + area["height"] - 2, steps=4)
     page.mouse.up()
     until(page, "document.querySelectorAll('tr.chosen').length === 24")
+    page.wait_for_timeout(500)  # the box is taken away, and the marks stay
+    assert page.locator("tr.chosen").count() == 24
     page.mouse.dblclick(area["x"] + 5, area["y"] + 5)
     until(page, "document.querySelectorAll('tr.chosen').length === 0")
 

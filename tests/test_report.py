@@ -301,10 +301,11 @@ def test_stopped_trials_are_drawn_hollow_at_the_value_of_their_last_rung(tmp_pat
     assert len(titles) == 4 and all("6 trials at epoch 2" in title for title in titles)
 
 
-def test_a_trial_between_rungs_is_drawn_at_the_last_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["running", "interrupted", "paused"])
+def test_a_trial_between_rungs_is_drawn_at_the_last_one(tmp_path: Path, status: str) -> None:
     make_sweep(tmp_path / "e", 4)
     for number, end in ((0, 1), (1, 5)):
-        folder = change(tmp_path / "e", number, status="running", reason=None)
+        folder = change(tmp_path / "e", number, status=status, reason=None)
         values = [0.1 * (e + 1) for e in range(end)]
         (folder / "metrics.jsonl").write_text("".join(line(e + 1, v) for e, v in enumerate(values)))
     sweep = figures.read_sweep(tmp_path / "e", read_plan(tmp_path / "e"))

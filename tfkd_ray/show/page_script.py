@@ -221,11 +221,17 @@ for (const plot of plots) {
   plot.on('plotly_unhover', () => point([]));
   plot.on('plotly_click', event => choose(trialsAt(event), event.event.shiftKey));
   plot.on('plotly_selected', event => {
-    if (!event) return;
+    if (!event || plot.clearing) return;  // plotly also tells that the box is taken away
     choose(trialsAt(event), false);
-    setTimeout(() => Plotly.update(plot, {selectedpoints: null}, {selections: []}));
+    setTimeout(async () => {
+      plot.clearing = true;
+      await Plotly.update(plot, {selectedpoints: null}, {selections: []});
+      plot.clearing = false;
+    });
   });
-  plot.on('plotly_doubleclick', () => choose([], false));
+  for (const name of ['plotly_doubleclick', 'plotly_deselect']) {  // the second after boxes
+    plot.on(name, () => { if (!plot.clearing) choose([], false); });
+  }
   plot.on('plotly_afterplot', () => mark(plot));
 }
 dark.addEventListener('change', () => plots.forEach(draw));
