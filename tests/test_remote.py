@@ -706,7 +706,7 @@ def test_commands_say_it_with_the_url_and_end_with_2(bucket: str, tfkd: Run) -> 
     assert "does not answer" in refused(
         tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1"
     )
-    assert "name a directory" in refused(tfkd, "train", "x.yaml", "--storage", bucket)
+    assert "name a directory" in refused(tfkd, "train", space, "--storage", bucket)
 
 
 # --- sweeps

@@ -35,6 +35,8 @@ def no_such_setting(path: Sequence[str], known: Iterable[str]) -> str:
         word = near_to(word, {name.rpartition(".")[2] for name in KNOWN}, 0.8) or word
     here = f".{'.'.join(path)}"
     places = [p for p in places_of(word) if not above or not f".{p}".endswith(here)]
+    if above:  # another kind of the same part may have it, which this one is not
+        places = [place for place in places if place.partition(".")[0] != above[0]]
     if near is not None and (above or not places):
         return f"{sentence}; did you mean {near!r}?"
     if not places:
