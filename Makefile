@@ -98,10 +98,10 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
-# the tests of faults and of clusters wait much: beside them others have a processor
+# the tests of faults wait much: beside them others have a processor
 ci: check test
 	@$(MAKE) --jobs 2 --output-sync=target test-faults-short test-docs-and-tools
-	@$(MAKE) --jobs 2 --output-sync=target test-cluster-short test-browser
+	@$(MAKE) test-cluster-short test-browser
 
 test-docs-and-tools:
 	@$(MAKE) test-docs
