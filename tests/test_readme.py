@@ -42,7 +42,7 @@ def test_the_commands_of_the_readme_run_in_their_order(
     ray_cluster: str, tfkd: Run, place: Path
 ) -> None:
     shown = [c for c in commands("tfkd ") if not c.startswith("tfkd tensorboard")]
-    assert len(shown) == 15
+    assert len(shown) == 16
     for command in shown:
         words, _, target = command.removeprefix("tfkd ").partition(" > ")
         run = tfkd(*words.split(), cwd=place)
