@@ -150,7 +150,8 @@ def comparison(storage: Path) -> Path:
     return directory
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_comparison_that_is_killed_at_any_file_while_it_opens_the_test_split_has_opened_it_once(
     tmp_path: Path,
 ) -> None:
