@@ -1,7 +1,7 @@
 # make demo   set up, then run the sweep of the README
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
-# make test-tools  what needs g++, ssh, PostgreSQL or Fashion-MNIST, which a fresh machine lacks (as root, after apt-get)
+# make test-tools  what needs g++, ssh, PostgreSQL, zsh, fish or Fashion-MNIST, which a fresh machine lacks (as root, after apt-get)
 # make test-docs  the commands, code and notebook of README and docs, as they stand there (8 minutes)
 # make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
@@ -44,9 +44,9 @@ test: $(VENV)/.installed
 	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on three processes, two of which have a Ray cluster"
 	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 3 --dist loadgroup $(ARGS)
 
-TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist
+TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist zsh fish
 test-tools: $(VENV)/.installed
-	@command -v g++ >/dev/null && command -v ssh >/dev/null && command -v pkill >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	@command -v g++ >/dev/null && command -v ssh >/dev/null && command -v pkill >/dev/null && command -v zsh >/dev/null && command -v fish >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
 		&& test -d /usr/share/datasets/fashion-mnist || { echo "test-tools: needs, as root: apt-get install $(TOOLS)"; exit 2; }
 	@$(BIN)/python -m pytest -m 'tools and not fault and not cluster' $(ARGS)
 
