@@ -179,18 +179,8 @@ def _describe(space: "Space") -> Sentences:
     from tfkd_ray.verdict.limits import limits_text
 
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
-    search, epochs = space.search, space.epochs
-    rungs = space.rungs
-    share = search.most_trials // len(space.branches)
-    per = (
-        f"{share} for each of {len(space.branches)} objectives"
-        if search.split and len(space.branches) > 1
-        else ""
-    )
-    if search.num_samples is None:
-        yield f"trials until a budget is spent, {epochs} epochs each"
-    else:
-        yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
+    search, rungs = space.search, space.rungs
+    yield f"{_number_of_trials(space)}, {space.epochs} epochs each"
     yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
         f" after {rungs} epochs" if rungs else ""
     )
@@ -212,6 +202,16 @@ def _describe(space: "Space") -> Sentences:
         yield from _parameter_lines(own)
     for run in space.teacher_runs():
         yield from wrapped(f"teacher, once before the trials: {how_made(run)}")
+
+
+def _number_of_trials(space: "Space") -> str:
+    search, objectives = space.search, len(space.branches)
+    if search.num_samples is None:
+        return "trials until a budget is spent"
+    if not search.split or objectives == 1:
+        return f"{search.num_samples} trials"
+    share = search.num_samples // objectives
+    return f"{search.num_samples} trials, {share} for each of {objectives} objectives"
 
 
 def _grid_lines(space: "Space") -> Sentences:

@@ -247,6 +247,14 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
         print(f"  {record.name} failed: {reason}\n    see {short_path(record.folder)}")
 
 
+def _print_limits(limits: str, *, met: bool) -> None:
+    """Print whether the best trial meets the constraints."""
+    text = f"it meets the constraints: {limits}"
+    if not met:
+        text = f"no trial of full length meets the constraints: {limits}; it is the best of those that do not"
+    print(*wrapped(text, first="  "), sep="\n")
+
+
 def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -> None:
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
     from tfkd_ray.settings.yaml import in_yaml
@@ -255,11 +263,8 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
 
     metric, limits = space.search.metric, space.search.limits
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
-    if limits and is_feasible(limits, winner.last):
-        print(*wrapped(f"it meets the constraints: {limits_text(limits)}", first="  "), sep="\n")
-    elif limits:
-        text = f"no trial of full length meets the constraints: {limits_text(limits)};"
-        print(*wrapped(f"{text} it is the best of those that do not", first="  "), sep="\n")
+    if limits:
+        _print_limits(limits_text(limits), met=is_feasible(limits, winner.last))
     for key, value in winner.parameters.items():
         shown = f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
         print(f"  {key:<34} {shown}")

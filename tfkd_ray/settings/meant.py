@@ -41,14 +41,19 @@ def no_such_setting(path: Sequence[str], known: Iterable[str]) -> str:
         return f"{sentence}; did you mean {near!r}?"
     if not places:
         return f"{sentence}; {did_you_mean(word, known)}"
+    return f"{sentence}; did you mean {_offered(places)}"
+
+
+def _offered(places: Sequence[str]) -> str:
+    """Return the likeliest places of a setting, as the end of a question."""
     first, *others = places
     objectives = [place.split(".")[1] for place in places if place.startswith("objective.")]
     if first.startswith("objective.") and len(objectives) > 1:
         names = some_of(objectives)
-        return f"{sentence}; did you mean {first!r}? The objectives {names} have it"
+        return f"{first!r}? The objectives {names} have it"
     if others and others[0].count(".") == first.count(".") and not others[0].startswith("teacher"):
-        return f"{sentence}; did you mean {first!r}, or {others[0]!r}?"
-    return f"{sentence}; did you mean {first!r}?"
+        return f"{first!r}, or {others[0]!r}?"
+    return f"{first!r}?"
 
 
 def wrong_names(tree: dict[str, Any]) -> Iterator[str]:
