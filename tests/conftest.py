@@ -55,6 +55,11 @@ RAY_HALVES_AT = "test_own"
 """The files before this name take about as long with Ray as those after it."""
 
 torch.set_num_threads(1)
+_capabilities = torch.cpu.get_capabilities()
+torch.cpu.get_capabilities = lambda: {
+    **_capabilities,
+    "amx_bf16": False,
+}  # else `auto` is bf16 on some machines
 
 
 @pytest.fixture(scope="session", autouse=True)

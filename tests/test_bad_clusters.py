@@ -280,7 +280,7 @@ def test_a_kubectl_that_does_not_answer_is_given_up(
         (["confirm", "digits_arms", "--detach"], "--detach: needs --cluster FILE or --address http://..."),
         (["confirm", "digits_arms", "--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
         (["confirm", ".", "--address", "http://127.0.0.1:9"], "an absolute path that the cluster sees, got ."),
-        (["confirm", "digits_arms", "--cluster", "aws-gpu", "gpus_per_worker=8"], "room for 0 of them"),
+        (["confirm", "digits_arms", "--cluster", "aws-gpu", "cpus_per_worker=500"], "room for 0 of them"),
         (["teacher", "train", "digits_tfkd", "--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
         (["teacher", "train", "digits_tfkd", "--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),
         (["doctor", "--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),

@@ -346,11 +346,11 @@ def test_what_is_no_cluster_file_is_said_with_exit_code_2(
     [
         ("aws-gpu.yaml", {"workers": 8, "gpus_per_worker": 1}, None),
         ("aws-gpu.yaml", {"workers": 15, "gpus_per_worker": 1}, "a trial needs 15 x 1 CPU and 1 GPU, each on one node, and with all its nodes the cluster has room for 14"),
-        ("aws-gpu.yaml", {"gpus_per_worker": 8}, "room for 0 of them"),
+        ("aws-gpu.yaml", {"cpus_per_worker": 500, "gpus_per_worker": 1}, "room for 0 of them"),
         ("aws-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "A10G"}, None),
         ("aws-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "H100"}, "accelerator_type: no node type declares H100 (declared: A10G), and an autoscaler starts only declared kinds; if one has it, add to its resources: 'accelerator_type:H100': 1"),
         ("gcp-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "A10G"}, "no node type declares A10G (declared: L4)"),
-        ("azure-gpu.yaml", {"gpus_per_worker": 4, "accelerator_type": "A100"}, None),
+        ("azure-gpu.yaml", {"workers": 4, "gpus_per_worker": 1, "accelerator_type": "A100"}, None),
         ("kuberay-cluster.yaml", {"gpus_per_worker": 1, "accelerator_type": "L4"}, "add to its rayStartParams.resources: 'accelerator_type:L4': 1"),
         ("slurm.sh", {"gpus_per_worker": 1, "accelerator_type": "H100"}, None),
         ("kuberay-cluster.yaml", {"workers": 9, "gpus_per_worker": 1}, "room for 8 of them"),
@@ -1086,7 +1086,7 @@ def test_where_nobody_listens_it_is_a_failure_however_the_head_is_named(
         (["--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),
         (["--cluster", "aws-gpu", "--name", "a/b"], "--name a/b: a plain name without slashes"),
         (["--cluster", "aws-gpu", "--study-storage", "postgresql://me:pw@db/x"], "a job's command is shown on the dashboard"),
-        (["--cluster", "aws-gpu", "gpus_per_worker=8"], "room for 0 of them"),
+        (["--cluster", "aws-gpu", "cpus_per_worker=500"], "room for 0 of them"),
     ],
 )  # fmt: skip
 def test_where_a_sweep_runs_is_checked_before_anything_is_sent(

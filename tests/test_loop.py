@@ -691,6 +691,48 @@ def test_pieces_of_a_batch_are_compiled_however_many_kinds_there_are(
     assert [*map(set, (batches[:4], batches[4:7], batches[7:]))] == [*pieces]
 
 
+def _compiled_worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
+    """Train as one of two workers; the first writes which batches torch compiles, and what DDP wraps."""
+    found: dict[str, Any] = {"batches": []}
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        found["batches"].extend(len(x) for x in inputs if x.dim() == 4)
+        return graph
+
+    def wraps(module: nn.Module, **settings: Any) -> nn.Module:
+        found.update(module=type(module).__name__, **settings)
+        return nn.parallel.DistributedDataParallel(module, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        forgotten(patch, backend)
+        patch.setattr(loop, "DistributedDataParallel", wraps)
+        patch.setattr(os, "_exit", lambda status: None)  # of `_worker`
+        _worker(rank, folder, tree)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    os._exit(0)  # see `_worker`
+
+
+@pytest.mark.slow
+def test_several_workers_compile_the_student_before_ddp_wraps_it(tmp_path: Path) -> None:
+    """Gradients of the compiled one are those of the plain one; DDP broadcasts no buffers in steps."""
+    states = []
+    for how in ("on", "off"):
+        c = config(compile=how, epochs=1, workers=2, optim=OptimConfig(batch_size=64).model_dump())
+        as_two_workers(_compiled_worker, str(tmp_path), c.model_dump(mode="json"))
+        found = json.loads((tmp_path / "found.json").read_text())
+        states.append(torch.load(tmp_path / "state.pt", weights_only=True)["model"])
+        settings = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+        assert settings.items() <= found.items()
+        compiles = how == "on"
+        assert (found["module"] == "OptimizedModule") is compiles
+        assert found["batches"] == (
+            [32] if compiles else []
+        )  # of the last batch, 63, it has 32, too
+    for name, value in states[0].items():
+        assert (states[1][name] - value).abs().max() < 1e-5, name
+
+
 @pytest.mark.parametrize(
     "text, what", [("No C++ compiler\nand more", "No C++ compiler"), ("", "OSError")]
 )

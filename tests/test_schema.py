@@ -150,6 +150,8 @@ def test_dumped_trees_read_back_the_same() -> None:
         ({"objective": "ce", "workers": 200}, "optim.batch_size: 200 workers cannot share 128 images"),
         ({"objective": "ce", "batch_norm": "sync"}, "batch_norm: sync needs GPUs"),
         ({"objective": "ce", "workers": 2, "gpus_per_worker": 0.5}, "gpus_per_worker: 2 workers need whole GPUs"),
+        ({"objective": "ce", "workers": 2, "gpus_per_worker": 2}, "gpus_per_worker: one process trains on one GPU, got 2; set gpus_per_worker: 1 and workers: 4"),
+        ({"objective": "ce", "gpus_per_worker": 1.5}, "gpus_per_worker: one process trains on one GPU, got 1.5; set gpus_per_worker: 1 and workers: 2"),
     ],
 )  # fmt: skip
 def test_every_problem_is_a_sentence_with_field_rule_value_and_way_out(

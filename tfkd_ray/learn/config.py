@@ -326,8 +326,8 @@ class TrainConfig(Settings):
     cpus_per_worker: Count = 1
     """CPUs, and torch threads, per worker."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs per worker; a fraction lets one-worker trials share a GPU. 0: use the CPU, even on a
-    node with GPUs."""
+    """GPUs per worker: 1, or a fraction, with which one-worker trials share a GPU. Above 1 only with
+    a `loop` of your own, which uses them itself. 0: use the CPU, even on a node with GPUs."""
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     """Kind of GPU that a worker needs, by Ray's name: H100, A100, ... None: any."""
     resources: dict[str, Positive] = {}
@@ -450,7 +450,12 @@ class TrainConfig(Settings):
 
     def _worker_problems(self) -> Iterator[str]:
         gpus, workers = self.gpus_per_worker, self.workers
-        if gpus > 1 and gpus % 1:
+        if gpus > 1 and self.loop is None:
+            yield (
+                f"gpus_per_worker: one process trains on one GPU, got {gpus:g}; set gpus_per_worker: 1 and "
+                f"workers: {workers * math.ceil(gpus)}, so that each GPU has a worker of its own"
+            )
+        elif gpus > 1 and gpus % 1:
             yield f"gpus_per_worker: above 1 it must be a whole number, got {gpus:g}"
         if self.accelerator_type and not gpus:
             yield (

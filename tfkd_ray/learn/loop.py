@@ -65,6 +65,7 @@ from tfkd_ray.learn.own_loop import Diverged as Diverged
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, each_of
 from tfkd_ray.learn.soft_labels import Bank, fits
+from tfkd_ray.learn.stopwatch import Stopwatch
 from tfkd_ray.learn.unlabelled import REST, UnlabelledPart, UnlabelledStream, number_beside
 from tfkd_ray.settings.errors import ConfigError, Say, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
@@ -154,8 +155,12 @@ def train(
         # 4. Resume
         run = config.fingerprint(LOOP_VERSION)
         history = [] if state is None else _resumed(state, config, kept)
-        model = _data_parallel(trained, unused=unused) if workers > 1 else trained
-        forward = compiled(model, config, count) if config.compile == "on" else model
+        learner = compiled(trained, config, count) if config.compile == "on" else trained
+        model = learner
+        if workers > 1:
+            own = isinstance(config.student, OwnNetwork)
+            model = _data_parallel(learner, shared_buffers=own, unused=unused)
+        forward = _telling_of_compilers(model, config) if config.compile == "on" else model
         learn = functools.partial(_learn, forward, config, objective, lessons)
 
         def snapshot() -> State:
@@ -168,7 +173,7 @@ def train(
         for epoch in range(len(history), config.epochs):
             if history and config.is_last(history[-1]):
                 return
-            start = time.perf_counter()
+            start, watch = time.perf_counter(), Stopwatch(device)
             order = epoch_order(train_set, config.seed, epoch).to(device)
             batches = split_batches(order, optim.batch_size, workers)
             shares = [batch.tensor_split(workers)[rank] for batch in batches]
@@ -208,7 +213,7 @@ def train(
                     optimizer.step()
                     if average is not None:
                         average.update(epoch * len(batches) + step + 1)
-                train_seconds = time.perf_counter() - start
+                watch.stop()
 
                 # 7. Validation: each worker takes its share, without padding
                 val_sums, guesses = _validate(student, val_set, lessons, config, keep=bool(others))
@@ -231,7 +236,7 @@ def train(
                 told = True
                 (say or _to_standard_error)(sentence)
             metrics["seconds"] = time.perf_counter() - start
-            metrics["images_per_s"] = count / train_seconds
+            metrics["images_per_s"] = count / watch.seconds()
             history.append(metrics)
             yield Epoch(metrics, snapshot)
 
@@ -1118,16 +1123,23 @@ def _unused(student: nn.Module, config: TrainConfig) -> bool:
     return bool(found)
 
 
-def _data_parallel(student: nn.Module, *, unused: bool) -> nn.Module:
+def _data_parallel(student: nn.Module, *, shared_buffers: bool, unused: bool) -> nn.Module:
     """Return the student, wrapped for several workers.
 
     Args:
+        shared_buffers: True if steps may read buffers, so that all workers need the first one's in
+            each of them. Those of BatchNorm are read in validation alone; see `_validate`.
         unused: True if some parameters may have no gradient in a step, such as a head that only
             some steps use.
     """
     if unused:
         warnings.filterwarnings("ignore", ".*did not find any unused parameters")
-    return DistributedDataParallel(student, find_unused_parameters=unused)
+    return DistributedDataParallel(
+        student,
+        forward_sync_buffers=shared_buffers,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=unused,
+    )
 
 
 _COMPILED: dict[tuple[Any, ...], int] = {}
@@ -1139,13 +1151,12 @@ MOST_GRAPHS = 8
 def _graphs_of_run(config: TrainConfig) -> int:
     """Return how many graphs a run needs: for its batches and a smaller last one.
 
-    Pieces of a batch have two sizes, and several workers run them in two ways (`_synchronised`).
+    Pieces of a batch have two sizes.
     """
-    pieces = config.optim.accumulate > 1
-    return 2 * (1 + pieces) * (1 + (pieces and config.workers > 1))
+    return 4 if config.optim.accumulate > 1 else 2
 
 
-def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[..., Any]:
+def compiled(student: nn.Module, config: TrainConfig, images: int) -> nn.Module:
     """Return a student compiled by torch.compile, independent of what this process compiled before.
 
     torch keeps 8 graphs over all networks and batch shapes together; from the ninth on it silently
@@ -1154,8 +1165,8 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     code that torch cannot trace). Graphs of the last four kinds of run are kept in memory; torch's
     disk cache has the others.
 
-    Raises:
-        RuntimeError: at the first batch, if torch cannot compile the network.
+    It is compiled before DDP wraps it. On a GPU one worker replays CUDA graphs; of several, none
+    does, because a recorded graph would hold gradients that DDP replaces.
     """
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
     batch = config.optim.batch_size, config.optim.accumulate
@@ -1167,17 +1178,23 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
         torch.compiler.reset()
         _COMPILED.clear()
     _COMPILED[kind] = _graphs_of_run(config)
-    mode = "reduce-overhead" if config.gpus_per_worker else None  # CUDA graphs
-    network = torch.compile(model, dynamic=False, mode=mode)
+    graphs = config.gpus_per_worker and config.workers == 1
+    return torch.compile(student, dynamic=False, mode="reduce-overhead" if graphs else None)
+
+
+def _telling_of_compilers(model: nn.Module, config: TrainConfig) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of a compiled model.
+
+    Raises:
+        RuntimeError: at the first batch, if torch cannot compile the network.
+    """
 
     def forward(batch: Tensor) -> Tensor:
         try:
-            return network(batch)  # type: ignore[no-any-return]
+            return model(batch)  # type: ignore[no-any-return]
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            what = next(
-                iter(f"{error.inner_exception}".strip().splitlines()),
-                type(error.inner_exception).__name__,
-            )
+            lines = str(error.inner_exception).strip().splitlines()
+            what = lines[0] if lines else type(error.inner_exception).__name__
             raise RuntimeError(
                 f"compile: torch cannot compile {config.student.name} here: {what}; if it is for want of g++ or "
                 "Python's headers, install them on every node; or set compile=off"
