@@ -3,6 +3,8 @@
 # make check  format, lint, types                   make ci          what CI runs
 # make test-tools  what needs g++, ssh, PostgreSQL, zsh, fish or Fashion-MNIST, which a fresh machine lacks (as root, after apt-get)
 # make test-docs  the commands, code and notebook of README and docs, as they stand there (8 minutes)
+# make docs   docs/ as a site, in build/site; a link that leads nowhere fails it
+# make docs-outputs  run what README and docs show, and write its output there (some minutes)
 # make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
 # make fuzz   5,000 files, commands and data as nobody would write them; `make test` takes 50 (TFKD_FUZZ_SEED=n: the same again)
@@ -11,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-tools test-docs test-docs-and-tools test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
+.PHONY: help demo test test-fast test-tools test-docs test-docs-and-tools test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check docs docs-outputs ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -98,8 +100,20 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
+$(VENV)/.docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' \
+		2> >(grep -v 'it is neither a file nor a directory' >&2)
+	@touch $@
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "docs: build/site/index.html"
+
+docs-outputs: $(VENV)/.installed
+	@$(BIN)/python docs/outputs.py $(ARGS)
+
 # the tests of faults wait much: beside them others have a processor
-ci: check test
+ci: check docs test
 	@$(MAKE) --jobs 2 --output-sync=target test-faults-short test-docs-and-tools
 	@$(MAKE) test-cluster-short test-browser
 

@@ -1,8 +1,11 @@
-"""Writes docs/api.md, the tables of docs/space.md and settings/known.py from the code: `python docs/api.py`."""
+"""Writes from the code: docs/api.md, the tables of docs/space.md, the commands of docs/commands.md, and
+settings/known.py. Run `python docs/api.py`.
+"""
 
 import inspect
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ PARTS: dict[str, list[type[Settings]]] = {
 }
 CHOSEN = ("model", "objective")
 """Settings below a teacher whose own settings are left out of the list of names."""
+COMMANDS = "<!-- the rest is written by python docs/api.py -->\n\n"
 HEAD = "| setting | default | may be | what it is |\n|---|---|---|---|\n"
 WORDS = {
     "integer": "whole number",
@@ -152,6 +156,13 @@ def names_module() -> str:
     return f'"""The names of all settings, written by `python docs/api.py`."""\n\nKNOWN = (\n{names})\n'
 
 
+def commands_page() -> str:
+    """Return docs/commands.md: its beginning is written by hand, the rest from the parser."""
+    by_hand = (DOCS / "commands.md").read_text().partition(COMMANDS)[0]
+    listing = runpy.run_path(str(DOCS / "commands.py"))["listing"]()
+    return f"{by_hand}{COMMANDS}{listing}\n"
+
+
 def pages() -> dict[Path, str]:
     """The text that each generated page should have."""
     lines = [
@@ -170,8 +181,12 @@ def pages() -> dict[Path, str]:
     known = {m.__name__: table(m) for models in PARTS.values() for m in models}
     block = r"(?s)(<!-- (\w+) -->\n).*?(?=\n\n)"
     space = re.sub(block, lambda m: m[1] + known[m[2]], (DOCS / "space.md").read_text())
-    names = DOCS.parent / "tfkd_ray/settings/known.py"
-    return {DOCS / "api.md": "\n".join(lines), DOCS / "space.md": space, names: names_module()}
+    return {
+        DOCS / "api.md": "\n".join(lines),
+        DOCS / "space.md": space,
+        DOCS / "commands.md": commands_page(),
+        DOCS.parent / "tfkd_ray/settings/known.py": names_module(),
+    }
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def names_in(rows: list[list[str]]) -> list[str]:
     return sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row[0]))
 
 
-def test_the_readme_names_every_objective_and_data_set_and_no_other() -> None:
-    readme = ROOT / "README.md"
-    assert names_in(table(readme, "name | what it is")) == sorted(NAMES)
-    assert names_in(table(readme, "data set | format")) == sorted(DATA_SETS)
+def test_the_page_of_parts_names_every_objective_and_data_set_and_no_other() -> None:
+    page = DOCS / "parts.md"
+    assert names_in(table(page, "name | what it is")) == sorted(NAMES)
+    assert names_in(table(page, "data set | format")) == sorted(DATA_SETS)
 
 
 def test_the_pages_name_every_metric_and_its_better_direction() -> None:
@@ -300,6 +300,68 @@ def test_the_page_names_every_key_that_programs_read(tmp_path: Path) -> None:
     assert {*front, *front["best"][0]} <= set(
         re.findall(r"`(\w+)`", rest.partition("`ls`: ")[0])
     ) | {"best"}
+
+
+# --- outputs
+
+
+OUTPUTS = runpy.run_path(str(DOCS / "outputs.py"))
+
+
+@pytest.mark.ray
+@pytest.mark.docs
+@pytest.mark.timeout(900)
+def test_every_output_that_is_shown_is_what_the_shipped_code_prints() -> None:
+    run = subprocess.run(
+        [sys.executable, DOCS / "outputs.py", "--check"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_an_output_is_shown_in_parts_and_dots_stand_for_the_rest() -> None:
+    output = ["joining", "best: t1", "  lr 0.1", "", "used 3", "saved 4", "next:"]
+    assert OUTPUTS["chosen"](output, "") == output
+    assert OUTPUTS["chosen"](output, "best..lr | saved") == [
+        "...", "best: t1", "  lr 0.1", "...", "saved 4", "...",
+    ]  # fmt: skip
+    assert OUTPUTS["chosen"](output, "start..best: | used..end") == [
+        "joining", "best: t1", "...", "used 3", "saved 4", "next:",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="no line begins with 'worst'"):
+        OUTPUTS["chosen"](output, "worst")
+
+
+@pytest.mark.parametrize(
+    "shown, printed, same",
+    [
+        ("best: t0000-ce, val_accuracy 0.9930", "best: t0000-ce, val_accuracy 0.9790", True),
+        ("best: t0000-ce, val_accuracy 0.9930", "best: t0000-ce, val_accuracy 0.9720", False),
+        ("best: t0000-ce, val_accuracy 0.9930", "best: t0001-ce, val_accuracy 0.9930", False),
+        ("  optim.lr   0.421455", "  optim.lr   0.421456", False),
+        ("lsr  98.91 ± 0.40  10", "lsr   97.10 ± 0.60  10", True),
+        ("lsr  98.91 ± 0.40  10", "lsr   97.10 ± 0.60  9", False),
+        ("lead +0.40", "lead -0.40", False),
+        ("8 trials, 27 s: 6 of full length", "8 trials, 140 s: 6 of full length", True),
+        ("8 trials, 27 s: 6 of full length", "8 trials, 27 s: 5 of full length", False),
+        ("used   420 epochs, 0.0046 CPU-hours", "used   420 epochs, 0.0101 CPU-hours", True),
+        ("is not better than lsr", "is better than lsr", False),
+    ],
+)
+def test_a_shown_line_is_compared_with_a_printed_one_as_a_reader_would(
+    shown: str, printed: str, same: bool
+) -> None:
+    assert OUTPUTS["alike"](shown, printed) is same
+
+
+# --- the site
+
+
+def test_every_page_is_named_by_the_index_and_by_the_navigation() -> None:
+    index = (DOCS / "index.md").read_text()
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    for page in PAGES:
+        assert page.stem == "index" or f"]({page.name})" in index, page.name
+        assert f"- {page.name}\n" in navigation, page.name
 
 
 # --- links

@@ -1,8 +1,7 @@
-"""Every command and piece of Python of the README runs, in order, in one directory."""
+"""README keeps to its limits, and its commands and Python, and those of docs/, run as they stand there."""
 
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,40 +16,63 @@ from tfkd_ray.settings.yaml import parse_yaml
 from tfkd_ray.space.space import build_space
 
 README = (ROOT / "README.md").read_text()
+PARTS = (ROOT / "docs/parts.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+WITH_OUTPUT = "<!-- shown:"
+"""Marks blocks of a page whose commands docs/outputs.py runs."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
-def commands(start: str) -> list[str]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+def commands(page: str, *start: str) -> list[str]:
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
     return [line.split("  #")[0].strip() for line in lines if line.startswith(start)]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / "search_spaces", folder / "search_spaces")
-    return folder
+def test_the_readme_is_short_and_narrow_and_shows_a_picture_and_an_output_first() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert not [line for line in lines if len(line) > 100]
+    first = README.partition("\n## ")[0]
+    assert "$ tfkd tune" in first and "best:" in first and "![" in first
+
+
+def test_the_readme_says_in_seven_lines_what_it_adds() -> None:
+    section = README.partition("## What you get")[2].partition("\n## ")[0]
+    assert section.count("\n- **") == 7
+
+
+RUN_HERE = [page for page in PAGES if WITH_OUTPUT not in page.read_text()]
 
 
 @pytest.mark.ray
 @pytest.mark.docs
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_readme_run_in_their_order(
-    ray_cluster: str, tfkd: Run, place: Path
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda p: p.stem)
+def test_the_commands_of_the_docs_run(
+    ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path
 ) -> None:
-    shown = [c for c in commands("tfkd ") if not c.startswith("tfkd tensorboard")]
-    assert len(shown) == 16
-    for command in shown:
-        words, _, target = command.removeprefix("tfkd ").partition(" > ")
-        run = tfkd(*words.split(), cwd=place)
+    text = page.read_text()
+    for code, name in re.findall(r"```(?:python|yaml)\n(# (\S+)\n.*?)```", text, re.S):
+        (tmp_path / name).write_text(code)
+    for command in commands(text, "tfkd ", "python "):
+        if command.startswith("tfkd tensorboard"):
+            if page.stem == "commands":
+                assert_tensorboard_answers(command, tmp_path)
+            continue
+        words, _, target = command.replace("--seeds 10", "--seeds 2").partition(" > ")
+        program, *rest = words.split()
+        if program == "python":
+            if (tmp_path / rest[0]).is_file():  # else it is of the repository
+                script = [sys.executable, *rest]
+                subprocess.run(script, cwd=tmp_path, check=True, timeout=110)
+            continue
+        run = tfkd(*rest, cwd=tmp_path)
         assert run.returncode == 0, f"{command}: {run.stderr}"
         if target:
-            (place / target).write_text(run.stdout)
-    (command,) = commands("tfkd tensorboard")
-    assert_tensorboard_answers(command, place)
+            (tmp_path / target).write_text(run.stdout)
 
 
 def assert_tensorboard_answers(command: str, place: Path) -> None:
@@ -76,54 +98,52 @@ def assert_tensorboard_answers(command: str, place: Path) -> None:
     assert '"t0000-tfkd_reg"' in runs and '"t0003-ce"' in runs, err.decode()
 
 
+PYTHON = [
+    pytest.param(page, code, id=f"{page.stem}-{number}")
+    for page in (ROOT / "README.md", ROOT / "docs/python.md")
+    for number, code in enumerate(blocks(page.read_text(), "python"))
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("python")
+
+
 @pytest.mark.ray
 @pytest.mark.docs
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
-def test_the_commands_of_the_docs_run(
-    ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path
+@pytest.mark.parametrize("page, code", PYTHON)
+def test_the_python_of_readme_and_docs_runs(
+    ray_cluster: str, place: Path, page: Path, code: str
 ) -> None:
-    lines = [
-        line
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
-        for line in block.splitlines()
-    ]
-    for line in lines:
-        command = line.split("  #")[0].strip().replace("--seeds 10", "--seeds 2")
-        if command.startswith("tfkd ") and not command.startswith("tfkd tensorboard"):
-            run = tfkd(*command.split()[1:], cwd=tmp_path)
-            assert run.returncode == 0, f"{command}: {run.stderr}"
-
-
-@pytest.mark.ray
-@pytest.mark.docs
-@pytest.mark.parametrize("k", range(4))
-def test_the_python_of_the_readme_runs(ray_cluster: str, place: Path, k: int) -> None:
-    code = blocks("python")
-    assert len(code) == 4
+    folder = place / page.stem
+    folder.mkdir(exist_ok=True)
     run = subprocess.run(
-        [sys.executable, "-c", code[k]], cwd=place, capture_output=True, text=True, timeout=110
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=110
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout
 
 
-def test_the_space_of_the_readme_is_valid() -> None:
-    text, own = blocks("yaml")
+def test_the_spaces_of_readme_and_docs_are_valid() -> None:
+    (text,) = blocks(README, "yaml")
     space = build_space(parse_yaml(text, "README"))
     assert [b.objective for b in space.branches] == ["tfkd_reg", "ce", "lsr"]
+    (own,) = blocks(PARTS, "yaml")
     with pytest.raises(ConfigError) as error:  # its modules are the reader's
-        build_space(parse_yaml(own, "README"))
+        build_space(parse_yaml(own, "parts.md"))
     assert all("there is no module 'my_" in problem for problem in error.value.problems)
 
 
 def test_the_make_targets_of_the_readme_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for command in commands("make "):
+    shown = commands(README, "make ")
+    assert any(command.startswith("make test") for command in shown)
+    for command in shown:
         assert re.search(rf"^{command.split()[1]}:", makefile, re.M)
 
 
 def test_the_links_of_the_readme_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for page in (ROOT / "README.md", *PAGES):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -275,7 +275,7 @@ def _parser() -> ArgumentParser:
                          "gs://BUCKET/PREFIX (default: ./tfkd_results)")  # fmt: skip
 
     sub = verb("tune", tune_verb, "Run a sweep.")
-    file_and_overrides(sub, "a search-space file")
+    file_and_overrides(sub, "a search space")
     download(sub)
     storage(sub)
     sub.add_argument(
@@ -289,7 +289,7 @@ def _parser() -> ArgumentParser:
         "--num-samples", type=_count, metavar="N", help="number of trials, over all objectives"
     )
     sub.add_argument("--prior", type=experiment_place, action="append", default=[], metavar="DIR",
-                     help="learn also from those trials of an earlier experiment that lie in this space")  # fmt: skip
+                     help="earlier experiment to learn from: its trials that lie in this space")  # fmt: skip
     sub.add_argument(
         "--study-storage",
         metavar="URL",
@@ -306,7 +306,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument(
         "--space",
         metavar="FILE",
-        help="continue in a wider or narrower space; trials outside of it stay on record",
+        help="wider or narrower space to continue in; trials outside of it stay on record",
     )
     _flag(sub, "--retry-failed", "retry the failed trials (a comparison always retries them)")
     _budgets(sub)
@@ -321,7 +321,7 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "stop",
         stop_verb,
-        "Stop a running sweep, which can be resumed, or single trials of it; from any terminal or machine.",
+        "Stop a running sweep, or single trials of it, from any terminal or machine. tfkd resume continues the sweep.",
     )
     sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
     sub.add_argument(
@@ -361,20 +361,22 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "check",
         check_verb,
-        "Check a search-space or arms file and show what it runs; starts nothing.",
+        "Show what a search space or an arms file runs, and find its mistakes. Starts nothing.",
     )
-    file_and_overrides(sub, "a search-space or arms file")
+    file_and_overrides(sub, "a search space or an arms file")
     _flag(sub, "--all", "list every fixed setting, including those at their defaults")
 
     sub = verb(
         "plan",
         plan_verb,
-        "Estimate the cost of a sweep or of a comparison of arms: trials, epochs, hours, money, disk; "
-        "starts nothing.",
+        "Estimate what a sweep or a comparison of arms costs: trials, epochs, hours, money, disk. "
+        "Starts nothing.",
     )
-    file_and_overrides(sub, "a search space, or an arms file")
+    file_and_overrides(sub, "a search space, an arms file")
     _of_a_comparison(sub, None)
-    _flag(sub, "--probe", "train a few steps of each objective here to estimate the hours")
+    _flag(
+        sub, "--probe", "train a few steps of each objective on this machine, to estimate the hours"
+    )
     sub.add_argument(
         "--slots",
         type=_count,
@@ -388,7 +390,7 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "explain",
         explain_verb,
-        "Show the equivalent loss of each objective in a file, and which searched settings matter.",
+        "Show the loss of each objective in a file, and which searched settings have an effect.",
     )
     file_and_overrides(sub, "a search space, an arms file or a configuration")
 
@@ -400,12 +402,12 @@ def _parser() -> ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="directory for the student; the same DIR again resumes the run",
+        help="directory of the student; a second run with the same DIR resumes the first",
     )
 
-    sub = verb("confirm", confirm_verb, "Train the best trials of a sweep, or the arms of a file, with several seeds, "
-               "and compare them with tuned baselines on the test split.")  # fmt: skip
-    file_and_overrides(sub, "a sweep's name, directory or URL, or an arms file")
+    sub = verb("confirm", confirm_verb, "Judge the best trials of a sweep, or the arms of a file: train them and "
+               "tuned baselines with several seeds, and compare them on the test split.")  # fmt: skip
+    file_and_overrides(sub, "a sweep (its name, directory or URL), an arms file")
     sub.add_argument(
         "--top-k",
         type=_count,
@@ -414,13 +416,13 @@ def _parser() -> ArgumentParser:
         help="confirm the K best trials of a sweep (default: 3)",
     )
     sub.add_argument("--baselines", default=DEFAULT_BASELINES, metavar="LIST",
-                     help="baselines for a sweep's best trials (default: ce,lsr,scaled,published)")  # fmt: skip
+                     help="baselines of a sweep's best trials (default: ce,lsr,scaled,published)")  # fmt: skip
     _flag(sub, "--fail-if-not-better", "exit with code 7 unless an arm is better")
     download(sub)
     storage(sub)
     _of_a_comparison(sub, DEFAULT_SEEDS)
     sub.add_argument(
-        "--preset", choices=["smoke"], help="smoke: scale the arms down, as a smoke test"
+        "--preset", choices=["smoke"], help="smoke: shrink the arms to see that they run"
     )
     sub.add_argument(
         "--name", help="name of the comparison (default: the file's name and the time)"
@@ -450,7 +452,7 @@ def _parser() -> ArgumentParser:
         "-o", "--out", type=Path, metavar="DIR", help="new directory (default: ./NAME-export)"
     )
     _flag(sub, "--onnx", "also write ONNX (pip install 'tfkd_ray[onnx]')")
-    sub.add_argument("--licence", metavar="NAME", help="licence of the weights, e.g. apache-2.0")
+    sub.add_argument("--licence", metavar="NAME", help="licence of the weights, such as apache-2.0")
 
     sub = verb("teacher", teacher_verb, "Train, list or show teachers.")
     actions = sub.add_subparsers(dest="do", required=True, metavar="train|list|show")
@@ -480,11 +482,11 @@ def _parser() -> ArgumentParser:
     )
     experiment(sub)
     _flag(sub, "--all", "print every setting, including those at their defaults")
-    _flag(sub, "--json", "for programs")
+    _flag(sub, "--json", "print JSON, for programs")
 
     def others(sub: ArgumentParser, nargs: str = "*") -> None:
         sub.add_argument("others", type=experiment_place, nargs=nargs, metavar="EXPERIMENT",
-                         help="others, side by side with it")  # fmt: skip
+                         help="more experiments, shown side by side with the first")  # fmt: skip
 
     sub = verb("trials", trials_verb, "List the trials of an experiment, or of several.")
     experiment(sub)
@@ -493,14 +495,20 @@ def _parser() -> ArgumentParser:
         "--sort", default="number", metavar="FIELD[:desc]", help="sort by a metric or a parameter"
     )
     sub.add_argument("--filter", action="append", default=[], metavar="EXPR",
-                     help="such as status=done, objective=kd, val_accuracy>0.9; repeat it: all must hold")  # fmt: skip
+                     help="condition, such as status=done or val_accuracy>0.9; of several, all must hold")  # fmt: skip
     sub.add_argument("--columns", metavar="A,B", help="columns to show, in this order")
     sub.add_argument("--limit", type=_count, metavar="N", help="show only the first N")
-    sub.add_argument("-o", "--output", choices=["table", "json", "csv"], default="table")
+    sub.add_argument(
+        "-o",
+        "--output",
+        choices=["table", "json", "csv"],
+        default="table",
+        help="form of the list (default: table); json and csv have all columns",
+    )
 
     sub = verb("status", status_verb, "Show the progress of an experiment, also while it runs.")
     experiment(sub, follow=True)
-    _flag(sub, "--json", "for programs")
+    _flag(sub, "--json", "print JSON, for programs")
 
     sub = verb("logs", logs_verb, "Print the log of a trial, one line per epoch.")
     experiment(sub, follow=True)
@@ -511,7 +519,7 @@ def _parser() -> ArgumentParser:
 
     sub = verb("ls", ls_verb, "List experiments and comparisons.")
     storage(sub)
-    _flag(sub, "--json", "for programs")
+    _flag(sub, "--json", "print JSON, for programs")
 
     sub = verb(
         "compare",
@@ -539,7 +547,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument("--figures", type=Path, metavar="DIR",
                      help="also write the figures as SVG, and heat maps as CSV and LaTeX")  # fmt: skip
     sub.add_argument("--confirm", type=experiment_place, action="append", metavar="DIR",
-                     help="comparison to include (default: all of this sweep's)")  # fmt: skip
+                     help="comparison whose verdict to show (default: all comparisons of this sweep)")  # fmt: skip
 
     sub = verb(
         "tensorboard",
@@ -555,7 +563,7 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "doctor",
         doctor_verb,
-        "Find problems that make a sweep slow, unsafe or stuck, here and on a cluster's nodes.",
+        "Find problems that make a sweep slow, unsafe or stuck, on this machine and on a cluster's nodes.",
     )
     sub.add_argument("--address", help="Ray cluster to check: auto, HOST:PORT or http://HOST:PORT (default: "
                      "RAY_ADDRESS, or this machine alone)")  # fmt: skip
@@ -604,9 +612,9 @@ def _cluster_parser(sub: ArgumentParser) -> None:
         dest="do", required=True, metavar="check|up|status|submit|logs|down"
     )
     for do, text in (
-        ("check", "Check a cluster file; starts nothing."),
-        ("up", "Start the cluster; leaves a running one unchanged."),
-        ("status", "Show its jobs and its running nodes, which cost money."),
+        ("check", "Check a cluster file. Starts nothing."),
+        ("up", "Start the cluster. Leaves a running one unchanged."),
+        ("status", "Show the cluster's jobs and its running nodes, which cost money."),
         ("submit", "Run a command on the cluster, as a job."),
         ("logs", "Follow a job."),
         ("down", "Stop the cluster, and wait until its nodes are gone."),
@@ -636,7 +644,7 @@ def _budgets(sub: ArgumentParser) -> None:
     """Add the options that end a sweep, each named after its setting in `search`."""
     for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
-                         help=f"stop the sweep, which can be resumed, after so many {text}")  # fmt: skip
+                         help=f"end the sweep after this many {text}; tfkd resume continues it")  # fmt: skip
 
 
 def _of_a_comparison(sub: ArgumentParser, seeds: tuple[int | None, int] | None) -> None:
@@ -649,8 +657,8 @@ def _of_a_comparison(sub: ArgumentParser, seeds: tuple[int | None, int] | None) 
         help="seeds per arm (default: 5, which detect gains of about a point; 10 detect half a point); "
         "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
     )
-    _flag(sub, "--train-only", "leave validation out of training")
-    _flag(sub, "--teacher-per-seed", "train a teacher for each seed, also for kd")
+    _flag(sub, "--train-only", "train on the train split alone (default: on train and validation)")
+    _flag(sub, "--teacher-per-seed", "train a teacher for each seed (default: for tfkd_self alone)")
 
 
 def _seeds(text: str) -> tuple[int | None, int]:
