@@ -21,6 +21,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from tfkd_ray.learn.augment import Augment
+from tfkd_ray.learn.chance import chance_note
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder, Imagenet
 from tfkd_ray.learn.images import _TURNS, AHEAD, FolderSet, crop_box
@@ -30,6 +31,7 @@ from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.learn.optimizers import OptimConfig
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.space.fitted import batch_notes
 
 VIEWS = Augment(resized_crop=True, flip=True)
 
@@ -537,6 +539,89 @@ def test_a_box_lies_inside_whatever_the_numbers_and_the_image(width: int, height
             assert 0.079 < w * h / width / height <= 1 and 0.74 < w / h < 1.35
 
 
+# --- a single folder -------------------------------------------------------------------------------------------
+
+
+def single(root: Path, layout: str) -> Path:
+    """Write 2 classes of 20 images in one folder."""
+    write_folder(root, train=20, test=1)
+    drop(root / "val")
+    if layout == "root/CLASS":
+        for folder in (root / "train").iterdir():
+            folder.rename(root / folder.name)
+        (root / "train").rmdir()
+    return root
+
+
+@pytest.mark.parametrize("layout", ["root/CLASS", "root/train/CLASS"])
+def test_a_single_folder_is_split_by_class_and_its_classes_are_counted(
+    tmp_path: Path, layout: str
+) -> None:
+    root = single(tmp_path / "pictures", layout)
+    tree = {"objective": "ce", "data": {"name": "image_folder", "root": root, "image_size": 32}}
+    data = validated(TrainConfig, tree).data
+    assert isinstance(data, ImageFolder) and data.num_classes == 2
+    data.check()
+    data.examine()
+    (train, val), test = data.load(), data.load_test()
+    assert (
+        isinstance(train, FolderSet) and isinstance(val, FolderSet) and isinstance(test, FolderSet)
+    )
+    sizes = [torch.bincount(part.labels).tolist() for part in (train, val, test)]
+    assert sizes == [[13, 13], [3, 3], [4, 4]]
+    files = [*train.files, *val.files, *test.files]
+    assert len(set(files)) == 40 and all((root / file).is_file() for file in files)
+    again = data.load_test()
+    assert isinstance(again, FolderSet) and again.files == test.files
+    (note,) = data.notes()
+    assert "8 images, a fifth of each class, are the test split" in note
+    (root / "test").mkdir()
+    assert not list(data.notes())
+    with pytest.raises(ConfigError):
+        data.check()
+
+
+def test_folders_for_splits_are_not_split_again_and_imagenet_is_none(data: ImageFolder) -> None:
+    assert not list(data.notes()) and len(data.load_test()) == 6
+    drop(data.root / "val")
+    with pytest.raises(ConfigError, match="not found: the folder val or test"):
+        Imagenet(root=data.root).load_test()
+
+
+@pytest.mark.parametrize(
+    "batch, says",
+    [(4, None), (8, "3 steps"), (18, "one step"), (64, "64 of 18 images to train on: an epoch has one step")],
+)  # fmt: skip
+def test_a_batch_that_leaves_few_steps_is_told(
+    data: ImageFolder, batch: int, says: str | None
+) -> None:
+    found = list(batch_notes(config(data, optim=OptimConfig(batch_size=batch))))
+    assert len(found) == (says is not None) and (says or "") in "".join(found)
+
+
+def test_the_batch_of_a_recipe_for_many_images_is_refused(data: ImageFolder) -> None:
+    tree = {"objective": "ce", "data": data.tree, "student": "cnn"}
+    for recipe in ("paper", "modern"):
+        of_recipe = validated(TrainConfig, {**tree, "recipe": recipe})
+        with pytest.raises(
+            ConfigError, match=r"512 of 18 images .* `optim.batch_size: 8` gives more"
+        ):
+            list(batch_notes(of_recipe))
+        assert "has one step" in "".join(batch_notes(of_recipe, begun=True)), "it goes on"
+    assert not list(batch_notes(validated(TrainConfig, {**tree, "optim": {"batch_size": 4}})))
+
+
+def test_an_accuracy_of_guessing_is_told(data: ImageFolder) -> None:
+    assert "no better than guessing, which is right on 50.0% of the 6" in str(
+        chance_note(data, 0.5)
+    )
+    assert chance_note(data, 0.95) is None and chance_note(data, None) is None
+    for path in list((data.root / "train/class 1").iterdir())[2:]:
+        path.unlink()  # the commonest class is most of validation
+    uneven = data.model_copy(update={"split_seed": 1})
+    assert "right on 75.0%" in str(chance_note(uneven, 0.75))
+
+
 # --- reading ahead ---------------------------------------------------------------------------------------------
 
 
@@ -665,12 +750,13 @@ def drop(path: Path) -> None:
 
 
 def test_missing_folders_say_where_they_were_looked_for(data: ImageFolder) -> None:
-    drop(data.root / "val")
+    (data.root / "val").rename(data.root / "validation")
     with pytest.raises(
         ConfigError,
         match=r"not found: the folder val or test .looked in .*; put images at root/train/CLASS/ .*data.root",
     ):
         data.check()
+    drop(data.root / "validation")
     (data.root / "train").rename(data.root / "test")
     with pytest.raises(ConfigError, match="not found: the folder train"):
         data.check()

@@ -399,12 +399,26 @@ def test_init_refuses_a_folder_without_images_with_the_form_that_it_needs(
     assert [p.name for p in here.iterdir()] == ["d"]
 
 
-def test_init_refuses_a_folder_without_a_test_split(
-    here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["digits_tfkd", "fashion_mnist_kd"])
+def test_init_fits_a_copy_to_a_single_folder_and_says_that_it_is_split(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(pictures(here / "d", 3) / "val")
-    assert "the folder val or test" in answered(capsys, "init digits_tfkd --data d")
-    assert not (here / "digits_tfkd.yaml").exists()
+    shutil.rmtree(pictures(here / "all", 40) / "val")
+    for folder in (here / "all/train").iterdir():
+        folder.rename(here / "all" / folder.name)
+    (here / "all/train").rmdir()
+    assert main(["init", name, "--data", "all"]) == 0
+    said = capsys.readouterr().err
+    assert "120 images of 3 classes in one folder" in said
+    assert "a fifth of each class is the test split" in said
+    config = load_space(f"{name}.yaml").example
+    train, val = config.data.load()
+    assert (len(train), len(val or ()), len(config.data.load_test())) == (78, 18, 24)
+    assert 8 <= config.optim.batch_size <= len(train) / 4
+    assert main(["check", f"{name}.yaml"]) == 0
+    assert "24 images, a fifth of each class, are the test split" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def check_verb(args: Namespace) -> int:
     from tfkd_ray.show.plan import ratios_of, unlabelled_ratio
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import warnings_of
+    from tfkd_ray.space.fitted import batch_notes
 
     notes: list[str] = []
     ratios: list[float] = []
@@ -87,30 +88,39 @@ def check_verb(args: Namespace) -> int:
         print(*wrapped(f"note: {note}"), sep="\n")
     try:
         example.data.check()
-        for line in _unlabelled(example, ratios):
+        for line in _about_data(example, ratios):
             print(*wrapped(line), sep="\n")
     except ConfigError as error:  # a file may be checked on a machine without its data
         print(*wrapped(f"note: on this machine {error}"), sep="\n")
+        return OK
+    if example.data.streams:  # else the images would be loaded
+        for note in batch_notes(example):
+            print(*wrapped(f"note: {note}"), sep="\n")
     return OK
 
 
-def _unlabelled(example: "TrainConfig", ratios: Sequence[float]) -> Sentences:
-    """Yield how many unlabelled images there are, and a note if they are those of validation.
+def _about_data(example: "TrainConfig", ratios: Sequence[float]) -> Sentences:
+    """Yield how many unlabelled images there are, and notes on the data.
 
     Args:
         ratios: for each labelled image of a step, in all of the file; 0 where there are none.
     """
-    data = example.data
-    if data.unlabelled is None:
-        return
-    from tfkd_ray.learn.dataset import notes_on_unlabelled
+    from tfkd_ray.learn.dataset import notes_on
+
+    if example.data.unlabelled is not None:
+        yield _of_unlabelled(example, ratios)
+    yield from (f"note: {note}" for note in notes_on(example.data))
+
+
+def _of_unlabelled(example: "TrainConfig", ratios: Sequence[float]) -> str:
+    """Return how many unlabelled images there are; see `_about_data`."""
     from tfkd_ray.learn.unlabelled import number_beside
 
+    data = example.data
     count, size = len(data.load_unlabelled()), example.optim.batch_size
     numbers = sorted({number_beside(size, ratio) for ratio in ratios if ratio})
     each = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
-    yield f"unlabelled images: {count} ({data.unlabelled}), {each} beside {size} labelled ones in a step"
-    yield from (f"note: {note}" for note in notes_on_unlabelled(data))
+    return f"unlabelled images: {count} ({data.unlabelled}), {each} beside {size} labelled ones in a step"
 
 
 def plan_verb(args: Namespace) -> int:

@@ -62,17 +62,26 @@ def init_verb(args: Namespace) -> int:
 
 def _on_data(text: str, root: Path) -> str:
     """Return the text of a shipped file for images in a folder, or for its own data set there."""
-    from tfkd_ray.space.fitted import data_of, fitted_space, look_at, rooted
+    from tfkd_ray.space.fitted import data_of, fitted_space, holds_classes, look_at, rooted
 
     if data_of(text) != "digits" and root.is_dir() and not (root / "train").is_dir():
-        say_error(f"data.root: {root}")
-        return rooted(text, root)
+        try:
+            text = rooted(text, root)
+        except ConfigError:
+            if not holds_classes(root):
+                raise
+        else:
+            say_error(f"data.root: {root}")
+            return text
     seen = look_at(root)
     text = fitted_space(text, seen)
+    place = "train" if seen.single is None else "one folder"
     say_error(
-        f"{root}: {seen.images} images of {seen.classes} classes in train, read at {seen.size}x{seen.size}; "
+        f"{root}: {seen.images} images of {seen.classes} classes in {place}, read at {seen.size}x{seen.size}; "
         "recipe, epochs and batch size are set for as many"
     )
+    if seen.single is not None:
+        say_error("a fifth of each class is the test split, the same images each time")
     return text
 
 

@@ -257,6 +257,7 @@ def _print_limits(limits: str, *, met: bool) -> None:
 
 def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -> None:
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
+    from tfkd_ray.learn.chance import chance_note
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.store.experiment import best, pareto
     from tfkd_ray.verdict.limits import is_feasible, limits_text
@@ -275,6 +276,8 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
     if ties > 1:
         print(f"{ties} trials share this value; the first of them is named")
+    if guessed := chance_note(space.example.data, winner.last.get("val_accuracy")):
+        print(*wrapped(f"note: {guessed}"), sep="\n")
     if space.search.more_metrics:
         metrics = space.search.metrics
         print(f"\nnone is better in all of {', '.join(metrics)} than:")

@@ -98,8 +98,10 @@ def train_verb(args: Namespace) -> int:
     except ConfigError as error:
         mine = f"tfkd tune {shlex.quote(args.file)}"
         raise ConfigError([p.replace("tfkd tune FILE", mine) for p in error.problems]) from None
-    from tfkd_ray.learn.dataset import notes_on_unlabelled
+    from tfkd_ray.learn.chance import chance_note
+    from tfkd_ray.learn.dataset import notes_on
     from tfkd_ray.settings.files import check_writable, expanded
+    from tfkd_ray.space.fitted import batch_notes
 
     name = f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = expanded(args.out or args.storage / name).absolute()
@@ -109,7 +111,7 @@ def train_verb(args: Namespace) -> int:
     for note in config.try_own_code():
         say_error(f"note: {note}")
     config = same_run(config, out)
-    for note in notes_on_unlabelled(config.data):
+    for note in (*notes_on(config.data), *batch_notes(config)):
         say_error(f"note: {note}")
     pressed: list[int] = []
 
@@ -150,6 +152,8 @@ def train_verb(args: Namespace) -> int:
     names = ("val_ema_accuracy", "val_accuracy", "train_loss")
     name = next(name for name in names if name in metrics)
     print(f"{name} {metrics[name]:.4f} after {metrics['epoch']:.0f} epochs, in {short_path(out)}")
+    if guessed := chance_note(config.data, metrics.get("val_accuracy")):
+        say_error(f"note: {guessed}")
     return OK
 
 

@@ -339,6 +339,10 @@ class Dataset(Settings):
             f"{self.digest}); put those back, or begin a new experiment, whose teachers are trained anew"
         )
 
+    def notes(self) -> Sentences:
+        """Yield notes on its splits for the person who uses it; they list files, and read none."""
+        return iter(())
+
     def _check_same_again(self, found: OfficialSets) -> None:
         """Raise a ConfigError if loading again gives different images."""
 
@@ -657,8 +661,9 @@ def load_unlabelled(data: Dataset) -> UnlabelledSet:
     return _loaded_unlabelled(plain, state)
 
 
-def notes_on_unlabelled(data: Dataset) -> Sentences:
-    """Yield a note if unlabelled images are validation images; read both."""
+def notes_on(data: Dataset) -> Sentences:
+    """Yield notes on splits, and one if unlabelled images are validation images; read both."""
+    yield from data.notes()
     if data.unlabelled is None:
         return
     images, (_, val) = data.load_unlabelled(), data.load()

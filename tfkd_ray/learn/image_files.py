@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tfkd_ray.learn.cache import cached
 from tfkd_ray.learn.dataset import (
@@ -32,6 +32,7 @@ from tfkd_ray.learn.dataset import (
     Split,
     Spread,
     augmented,
+    stratified,
 )
 from tfkd_ray.learn.images import (
     IMAGE_SUFFIXES,
@@ -41,9 +42,11 @@ from tfkd_ray.learn.images import (
     check_headers,
     image_names,
 )
-from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import cached_file, opened, read_at_most
+from tfkd_ray.settings.errors import ConfigError, Sentences
+from tfkd_ray.settings.files import cached_file, expanded, opened, read_at_most
 
+TEST_SHARE, TEST_SEED = 0.2, 1998
+"""Share of each class that is the test split of a single folder, and the seed that chooses it."""
 MOST_LIST = 2**24
 """Largest list file that is read; those of Tiny ImageNet have less than a megabyte."""
 
@@ -240,15 +243,20 @@ class FolderDataset(FileDataset):
         for name in names:
             if (root / name).is_dir():
                 return root / name
+        single = self._single_folder()
+        if single is not None:
+            return single
         raise self._missing(f"the folder {' or '.join(names)}", [root])
+
+    def _single_folder(self) -> Path | None:
+        """Return the folder that holds the images of both splits; None if each has its own."""
+        return None
 
     def _classes(self, split: Split) -> list[str]:
         """Return the names of the class folders, sorted."""
         folder = self._folder(split)
         with self._named(folder):
-            classes = sorted(
-                p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
-            )
+            classes = [p.name for p in class_folders(folder)]
         if split == "train":
             if len(classes) != self.num_classes:
                 raise self._wrong(
@@ -290,8 +298,11 @@ class FolderDataset(FileDataset):
                 found = sorted(image_names(folder / name))
             if not found:
                 raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
-            files += [f"{folder.name}/{name}/{file}" for file in found]
+            place = (folder / name).relative_to(self._root)
+            files += [f"{place}/{file}" for file in found]
             labels += [k] * len(found)
+        if folder == self._single_folder():
+            files, labels = _part_of(split, files, labels)
         images = self.in_files(self._root, tuple(files))
         return replace(images, labels=torch.tensor(labels))
 
@@ -304,17 +315,76 @@ class FolderDataset(FileDataset):
         return FolderSet(self.name, folder, files, none, positions, *sizes)
 
 
+def _part_of(split: Split, files: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
+    """Return the files and labels of one split of a single folder."""
+    import torch
+
+    parts = stratified(torch.tensor(labels), TEST_SHARE, seed=TEST_SEED)
+    chosen = parts[0 if split == "train" else 1].tolist()
+    return [files[i] for i in chosen], [labels[i] for i in chosen]
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted; names that begin with a dot are skipped."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def single_folder(root: Path) -> Path | None:
+    """Return the folder of classes in `root`, or `root` itself, that holds the images of all splits.
+
+    None if there are folders for the splits, or no two classes.
+    """
+    if not root.is_dir() or (root / "val").is_dir() or (root / "test").is_dir():
+        return None
+    folders = class_folders(root)
+    if [p.name for p in folders] == ["train"]:
+        return root / "train"
+    if (root / "train").is_dir() or len(folders) < 2:
+        return None
+    return root
+
+
 class ImageFolder(FolderDataset):
-    """Your own image files."""
+    """Your own image files.
+
+    They may also be in a single folder, root/CLASS/* or root/train/CLASS/* without `val` and
+    `test`: then a fifth of each class is the test split, the same images each time.
+    """
 
     # the folder identifies the data set
     places = {"readers"}
     known_by_digest = {"root"}
-    origin = "put images at root/train/CLASS/ and root/val/CLASS/"
+    origin = "put images at root/train/CLASS/ and root/val/CLASS/, or all at root/CLASS/"
 
     name: Literal["image_folder"] = "image_folder"
     num_classes: Annotated[int, Field(ge=2)]
-    """Number of classes: the folders in root/train."""
+    """Number of classes: the folders in root/train. They are counted if it is not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counted(cls, tree: Any) -> Any:
+        """Return the settings with the number of class folders, if they are on this machine."""
+        if not isinstance(tree, dict) or "num_classes" in tree:
+            return tree
+        if not isinstance(tree.get("root"), str | Path):
+            return tree
+        root = expanded(tree["root"])
+        folder = root / "train" if (root / "train").is_dir() else single_folder(root)
+        if folder is None:
+            return tree
+        return {**tree, "num_classes": len(class_folders(folder))}
+
+    def _single_folder(self) -> Path | None:
+        return single_folder(self._root)
+
+    def notes(self) -> Sentences:
+        folder = self._single_folder()
+        if folder is not None:
+            count = len(self._whole("test"))
+            yield (
+                f"{folder} has no split of its own: {count} images, a fifth of each class, are the test split, the "
+                f"same ones each time; validation is cut from the others"
+            )
 
 
 class Imagenet(FolderDataset):

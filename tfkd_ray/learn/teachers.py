@@ -7,7 +7,6 @@ validation.
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from tfkd_ray.learn.chance import guessing
 from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_weights, save_weights
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.evaluate import evaluate, predictions
@@ -163,9 +163,8 @@ def _doubt(config: TeacherRun, folder: Path, metrics: Numbers) -> str | None:
     if val_set is None or "val_accuracy" not in metrics:
         return None
     n, K, accuracy = len(val_set), config.data.num_classes, metrics["val_accuracy"]
-    commonest = int(val_set.labels.bincount(minlength=K).max()) / n
-    guessing = max(1 / K, commonest)
-    guesses = accuracy <= max(1 / K + 2 * math.sqrt((1 - 1 / K) / K / n), commonest)
+    usual, highest = guessing(val_set.labels, K)
+    guesses = accuracy <= highest
     if not guesses and config.weights is None:
         return None
     module = untrained(config)
@@ -176,7 +175,7 @@ def _doubt(config: TeacherRun, folder: Path, metrics: Numbers) -> str | None:
     if not guesses:
         return _exchanged(teacher_name(config), met)
     renamed, answers = int(met.max(dim=1).values.sum()) / n, met.sum(dim=1)
-    if renamed > max(0.5, 2 * accuracy, commonest + 0.1):
+    if renamed > max(0.5, 2 * accuracy, usual + 0.1):
         cause = (
             f"its classes are in another order than those of the data: with its answers renamed it would be right on "
             f"{renamed:.1%}. Put the rows of its last layer into the order of the data's classes"
@@ -192,7 +191,7 @@ def _doubt(config: TeacherRun, folder: Path, metrics: Numbers) -> str | None:
         cause = "it was trained too briefly, or with too large an optim.lr (teacher.epochs, teacher.optim)"
     return (
         f"WARNING: teacher {teacher_name(config)} is right on {accuracy:.1%} of validation, where guessing is on "
-        f"{guessing:.1%}; students would learn from wrong answers. Likely cause: {cause}"
+        f"{usual:.1%}; students would learn from wrong answers. Likely cause: {cause}"
     )
 
 

@@ -134,7 +134,7 @@ def comparison_tuner(
         for note in arm.config.try_own_code():
             print(f"note: arm {arm.name}: {note}", file=sys.stderr)
     config.data.examine()
-    prepare(config, storage, notes=())  # each arm's own code was tried above
+    prepare(config, storage, notes=(), begun=True)  # each arm's own code was tried above
     lock = Lock(*comparison)
     without_teacher: dict[str, str] = {}
 

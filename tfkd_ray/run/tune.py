@@ -23,7 +23,7 @@ from sqlalchemy.exc import OperationalError
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.checkpoint import BEFORE, LAST
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
-from tfkd_ray.learn.dataset import forget_loaded, notes_on_unlabelled, seal_test_split
+from tfkd_ray.learn.dataset import forget_loaded, notes_on, seal_test_split
 from tfkd_ray.run.callbacks import (
     Budget,
     Lock,
@@ -72,6 +72,7 @@ from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.space.fitted import batch_notes
 from tfkd_ray.space.relate import not_comparable, not_superset
 from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig, more_samples
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digests
@@ -282,7 +283,7 @@ def resume_tuner(
             raise ConfigError(
                 f"{over}; to resume, give a new one, which starts from zero", experiment
             )
-        prepare(new.example, storage, new.try_own_code())
+        prepare(new.example, storage, new.try_own_code(), begun=True)
         if new.search.study != old.search.study:
             wider = _searcher(new, experiment, storage, url)
             copy_trials(searcher, wider)
@@ -462,18 +463,25 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     )
 
 
-def prepare(config: TrainConfig, storage: Storage, notes: Sequence[str] | None = None) -> None:
+def prepare(
+    config: TrainConfig,
+    storage: Storage,
+    notes: Sequence[str] | None = None,
+    *,
+    begun: bool = False,
+) -> None:
     """Check data and cluster before a directory is made: refuse what is missing or can never run.
 
     Data that an experiment has recorded are refused if they have changed since.
 
     Args:
         notes: those of `try_own_code`, if it was asked for more than this configuration.
+        begun: whether the experiment has begun, so that its batch size is no longer refused.
     """
     config.data.check()
     if config.data.digests:
         config.data.pinned()
-    for note in notes_on_unlabelled(config.data):
+    for note in (*notes_on(config.data), *batch_notes(config, begun=begun)):
         print(f"note: {note}", file=sys.stderr)
     forget_loaded()
     for note in config.try_own_code() if notes is None else notes:

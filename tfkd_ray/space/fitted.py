@@ -1,7 +1,8 @@
 """A search space, as text with its comments, fitted to a folder of images.
 
-The classes and images in DIR/train/CLASS are counted and some are measured; data, recipe, epochs and
-batch size are set accordingly.
+The classes and images in DIR/train/CLASS, or in DIR/CLASS, are counted and some are measured; data,
+recipe, epochs and batch size are set accordingly. `batch_notes` judges the batch size of any
+configuration.
 """
 
 import math
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfkd_ray.learn.image_files import ImageFolder
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.image_files import TEST_SHARE, ImageFolder, class_folders, single_folder
 from tfkd_ray.learn.images import IMAGE_SUFFIXES
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.files import opened
 from tfkd_ray.settings.yaml import Tree, dump_yaml, in_yaml, parse_yaml
 from tfkd_ray.space.arms import build_arms
@@ -28,6 +30,8 @@ FITTED_BATCHES = (8, 128)
 """Smallest and largest batch."""
 STEPS_AN_EPOCH = 20
 """Fewest steps of an epoch that a batch leaves, if it is not the smallest."""
+FEW_STEPS = 4
+"""Steps of an epoch below which a note is given."""
 FITTED_STEPS = 3000
 """Steps of a trial."""
 FITTED_EPOCHS = (18, 90)
@@ -41,26 +45,37 @@ class SeenImages:
     root: Path
     classes: int
     images: int
-    """Images of the train folder."""
+    """Images of the train folder, or of the single folder."""
+    single: Path | None
+    """The folder that holds the images of all splits; None if each has its own."""
     size: int
     """Side of the squares in which they are read, in pixels."""
 
 
 def look_at(root: Path) -> SeenImages:
-    """Return the facts of the images in root/train/CLASS; a ConfigError if there are none."""
-    train = root / "train"
-    form = f"images are expected at {root}/train/CLASS/ and {root}/val/CLASS/"
+    """Return the facts of the images in root/train/CLASS or root/CLASS; a ConfigError without."""
+    single = single_folder(root)
+    train = single or root / "train"
+    form = (
+        f"images are expected at {root}/train/CLASS/ and {root}/val/CLASS/, or all at {root}/CLASS/"
+    )
     if not train.is_dir():
         what = "no folder `train` in it" if root.is_dir() else "no such directory"
         raise ConfigError(f"{what}; {form}", root)
-    classes = sorted(p for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = class_folders(train)
     found = [path for folder in classes for path in _images_in(folder)]
     if len(classes) < 2 or not found:
         raise ConfigError(
             f"{len(classes)} class folders with {len(found)} images; {form}, of two classes or more",
             train,
         )
-    return SeenImages(root.absolute(), len(classes), len(found), _usual_side(found))
+    return SeenImages(root.absolute(), len(classes), len(found), single, _usual_side(found))
+
+
+def holds_classes(root: Path) -> bool:
+    """Return whether a folder directly holds folders of images, one for each class."""
+    single = single_folder(root)
+    return single is not None and all(any(_images_in(folder)) for folder in class_folders(single))
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -93,12 +108,34 @@ def epochs_for(images: int, batch: int) -> int:
     return max(FITTED_EPOCHS[0], min(FITTED_EPOCHS[1], round(FITTED_STEPS / (images / batch))))
 
 
+def batch_notes(config: TrainConfig, *, begun: bool = False) -> Sentences:
+    """Yield a note if an epoch has one step, or a few; list image files, or load the images.
+
+    Raises:
+        ConfigError: the batch of the recipe, which nobody chose for these images, holds them all,
+            and the experiment has not begun.
+    """
+    images, batch = len(config.data.load()[0]), config.optim.batch_size
+    steps = math.ceil(images / batch)
+    if steps >= FEW_STEPS:
+        return
+    count = "one step" if steps == 1 else f"{steps} steps"
+    problem = f"optim.batch_size: {batch} of {images} images to train on: an epoch has {count}"
+    way_out = f"`optim.batch_size: {batch_for(images)}` gives more"
+    usual = {"data": config.data.tree, "recipe": config.recipe, "objective": "ce"}
+    of_recipe = TrainConfig.model_validate(usual).optim.batch_size
+    if steps == 1 and config.data.streams and batch == of_recipe and not begun:
+        raise ConfigError(f"{problem}, and the recipe is for many more; {way_out}")
+    yield f"{problem}; {way_out}"
+
+
 def fitted_space(text: str, seen: SeenImages) -> str:
     """Return the text of a search space or an arms file, fitted to a folder of images."""
     tree: Tree = parse_yaml(text, "the shipped file")
     given = tree.get("data")
     kept = {k: given[k] for k in ("val_fraction",) if isinstance(given, dict) and k in given}
-    used = int(seen.images * (1 - kept.get("val_fraction", 0.2)))
+    trained = seen.images if seen.single is None else seen.images * (1 - TEST_SHARE)
+    used = int(trained * (1 - kept.get("val_fraction", 0.2)))
     batch = batch_for(used)
     changes: Tree = {
         "data": {
@@ -126,7 +163,8 @@ def fitted_space(text: str, seen: SeenImages) -> str:
     for key, value in changes.items():
         if value != tree.get(key):
             text = with_setting(text, key, value)
-    told = f"# {seen.images} images in train, as `tfkd init` counted them"
+    place = "train" if seen.single is None else "one folder"
+    told = f"# {seen.images} images in {place}, as `tfkd init` counted them"
     text = re.sub(r"(?m)^data: .*$", lambda line: f"{told}\n{line[0]}", text, count=1)
     if parse_yaml(text, "the fitted file") != whole:
         text = "".join(_comment_lines(text)) + "\n" + dump_yaml(whole)

@@ -1,0 +1,39 @@
+"""Accuracy of guessing, with which a result is compared.
+
+Shapes: N = images, K = classes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tfkd_ray.learn.dataset import Dataset
+
+
+def guessing(labels: Tensor, num_classes: int) -> tuple[float, float]:
+    """Return the accuracy of guessing on labels [N], and the highest that guessing explains.
+
+    It is 1 / K, or the share of the commonest class. To 1 / K belong two standard errors.
+    """
+    n, K = len(labels), num_classes
+    commonest = int(labels.bincount(minlength=K).max()) / n
+    return max(1 / K, commonest), max(1 / K + 2 * math.sqrt((1 - 1 / K) / K / n), commonest)
+
+
+def chance_note(data: Dataset, accuracy: float | None) -> str | None:
+    """Return a sentence if an accuracy on validation is no better than guessing, else None."""
+    val_set = data.load()[1]
+    if val_set is None or accuracy is None:
+        return None
+    usual, highest = guessing(val_set.labels, data.num_classes)
+    if accuracy > highest:
+        return None
+    return (
+        f"val_accuracy {accuracy:.4f} is no better than guessing, which is right on {usual:.1%} of the {len(val_set)} "
+        "validation images: nothing was learned. Train for more epochs, with another optim.lr or a smaller "
+        "optim.batch_size, or look at the images and their labels"
+    )
