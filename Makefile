@@ -1,4 +1,4 @@
-# make demo   set up, then run the sweep of the README
+# make demo   set up, then run the sweep of the README; TORCH_INDEX=URL takes torch from that index, such as one for CPUs
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
 # make test-tools  what needs g++, ssh, PostgreSQL, zsh, fish or Fashion-MNIST, which a fresh machine lacks (as root, after apt-get)
@@ -13,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-tools test-docs test-docs-and-tools test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check docs docs-outputs ci format clean
+.PHONY: help demo torch test test-fast test-tools test-docs test-docs-and-tools test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check docs docs-outputs ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -25,18 +25,49 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# installed again only when what is to be installed changes
-$(VENV)/.installed: pyproject.toml constraints.txt
+TORCH_INDEX ?= $(shell cat $(VENV)/.torch_index 2>/dev/null)
+ifneq ($(and $(TORCH_INDEX),$(wildcard $(BIN)/python)),)
+ifneq ($(TORCH_INDEX),$(shell cat $(VENV)/.torch_index 2>/dev/null))
+$(error TORCH_INDEX: torch in $(VENV) is from elsewhere; remove it first, with: make clean)
+endif
+endif
+
+PIP = $(BIN)/python -m pip install --disable-pip-version-check
+# sizes on disk of the versions in constraints.txt; tests/test_setup.py adds them up
+SIZE_OF_TORCH := 5.5 GB
+SIZE_BESIDE_IT := 1 GB
+SIZE_FOR_TESTS := 0.6 GB
+
+torch:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not here; name a Python 3.11 with: make PYTHON=..."; exit 2; }
 	@echo "set-up: making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "set-up: installing tfkd_ray and what it needs (several minutes the first time; torch is large)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
-		2> >(grep -v 'it is neither a file nor a directory' >&2)
+	@echo '$(TORCH_INDEX)' > $(VENV)/.torch_index
+ifeq ($(TORCH_INDEX),)
+	@echo "set-up: torch for Linux is a build for CUDA, which takes $(SIZE_OF_TORCH) on disk, and the other packages $(SIZE_BESIDE_IT)."
+	@echo "set-up: without a GPU, name an index that has a build for CPUs: make demo TORCH_INDEX=URL"
+else
+	@echo "set-up: installing torch from $(TORCH_INDEX); the other packages take $(SIZE_BESIDE_IT) on disk"
+	@$(PIP) --no-deps --index-url '$(TORCH_INDEX)' $$(grep -E '^torch(vision)?==' constraints.txt)
+endif
+
+# what the sweep needs, for those who only look
+$(VENV)/.runs: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory torch
+	@echo "set-up: installing tfkd_ray and the packages that it needs"
+	@$(PIP) --constraint constraints.txt --editable . 2> >(grep -v 'it is neither a file nor a directory' >&2)
 	@touch $@
 	@echo "set-up: done"
 
-demo: $(VENV)/.installed
+# installed again only when what is to be installed changes
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory torch
+	@echo "set-up: installing tfkd_ray, the packages that it needs, and those of its tests ($(SIZE_FOR_TESTS))"
+	@$(PIP) --constraint constraints.txt --editable '.[dev]' 2> >(grep -v 'it is neither a file nor a directory' >&2)
+	@touch $@
+	@echo "set-up: done"
+
+demo: $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.runs)
 	@echo "demo: tfkd tune search_spaces/digits_tfkd.yaml"
 	@PATH="$$PWD/$(BIN):$$PATH" tfkd tune search_spaces/digits_tfkd.yaml
 	@echo
