@@ -33,6 +33,7 @@ from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import Record, read_records, write_experiment, write_record
 
 ARTIFACTS = Path(__file__).parent.parent / "test-artifacts"
+PHONE, DESK = 390, 1280
 EPOCHS = 9
 SPACE = {
     "objective": [
@@ -50,19 +51,19 @@ SPACE = {
     "epochs": EPOCHS,
     "search": {"baselines": False, "num_samples": 8},
 }
-COLUMNS = ["objective", "lr", "lsr.alpha", "tfkd_reg.alpha", "tfkd_reg.temperature", "weight_decay"]
+COLUMNS = ["alpha", "lr", "objective", "temperature", "weight_decay"]
 ENDS = {3: "stopped", 5: "failed", 6: "running"}
 """Trials that did not run to their end."""
 
 
-def make_sweep(experiment: Path) -> dict[str, float]:
-    """Write the events of eight trials without Ray; return the last value of each."""
+def make_sweep(experiment: Path, trials: int = 8, seed: int = 0) -> dict[str, float]:
+    """Write the events of some trials without Ray; return the last value of each."""
     space = build_space(SPACE)
     write_experiment(experiment, space.tree, ["tfkd", "tune", "browser.yaml"])
     callback = TensorBoard(experiment / "tb", space)
     callback.setup()
-    g, values = np.random.default_rng(0), {}
-    for number in range(8):
+    g, values = np.random.default_rng(seed), {}
+    for number in range(trials):
         branch = space.branches[number % 2]
         parameters = {
             p.name: float(np.exp(g.uniform(np.log(p.domain.low), np.log(p.domain.high))))
@@ -173,7 +174,7 @@ def browser() -> Iterator[Any]:
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        page = browser.new_page(viewport={"width": 1500, "height": 1000})
+        page = browser.new_page(viewport={"width": DESK, "height": 800})
         page.set_default_timeout(30_000)
         yield page
         browser.close()
@@ -186,16 +187,20 @@ def boards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     sweep, comparison = storage / "small sweep", storage / "vergleich-ü"
     values = make_sweep(sweep)
     make_comparison(comparison)
-    one, both = serve(sweep), serve(sweep, comparison)
+    large = [storage / "first-of-two", storage / "second-of-two"]
+    for number, experiment in enumerate(large):
+        make_sweep(experiment, trials=24, seed=number)
+    one, both, two = serve(sweep), serve(sweep, comparison), serve(*large)
     yield {
         "sweep": address(one, "t0007-lsr"),
+        "sweeps": address(two, "second-of-two/t0023-lsr"),
         "both": address(both, "arms/tfkd_reg"),
         "values": values,
     }
-    for server in (one, both):
+    for server in (one, both, two):
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=20)
-    assert (one.returncode, both.returncode) == (0, 0)
+    assert (one.returncode, both.returncode, two.returncode) == (0, 0, 0)
 
 
 def look(page: Any, url: str, tab: str) -> None:
@@ -213,24 +218,36 @@ def cells(page: Any) -> list[str]:
 pytestmark = pytest.mark.browser
 
 
-def test_hparams_shows_every_searched_parameter_and_the_value(
+def test_hparams_shows_settings_value_and_status_of_every_trial(
     browser: Any, boards: dict[str, Any]
 ) -> None:
     look(browser, boards["sweep"], "hparams")
     found = cells(browser)
-    assert found[:8] == [
-        "Trial ID",
-        "Show Metrics",
-        *sorted(COLUMNS)[:5],
-        "val_accuracy",
-    ]  # five are selected at first
-    for name, value in boards["values"].items():
-        row = found[found.index(f"{name} (small sweep)") :]
-        assert float(row[7]) == pytest.approx(value, abs=1e-5), row[:8]
-    tick(browser, "weight_decay")
-    browser.wait_for_selector("vaadin-grid-cell-content:has-text('weight_decay')")
     browser.screenshot(path=ARTIFACTS / "hparams-table.png")
-    assert {*COLUMNS} <= set(cells(browser))
+    head = ["Trial ID", "Status", "Show Metrics", *COLUMNS, "val_accuracy"]
+    assert found[: len(head)] == head
+    ends = {"stopped": "stopped, 3/9", "failed": "failed, 2/9", "running": "running"}
+    for number, (name, value) in enumerate(boards["values"].items()):
+        row = found[found.index(name) :][: len(head)]
+        assert row[1] == ends.get(ENDS.get(number, ""), "done, 9/9")
+        assert float(row[-1]) == pytest.approx(value, abs=1e-5)
+        if "lsr" in name:
+            assert float(row[head.index("temperature")]) == 1
+        assert all(row[3:]), row
+    table = browser.locator("vaadin-grid-cell-content")
+    for text in (*head, "t0001-lsr", "stopped, 3/9"):
+        box = table.filter(has_text=re.compile(f"^\\s*{re.escape(text)}\\s*$")).first.bounding_box()
+        assert box["x"] + box["width"] <= DESK + 1, f"{text} is not visible: {box}"
+    assert browser.evaluate(CUT_NAMES) == []
+
+
+CUT_NAMES = """(() => {
+  const all = root => [...root.querySelectorAll('*')].flatMap(
+    e => [e, ...(e.shadowRoot ? all(e.shadowRoot) : [])]);
+  return all(document).filter(e => e.tagName === 'DIV' && /^\\s*(\\S+\\/)?t0\\d\\d\\d-/.test(e.textContent)
+    && e.children.length === 0 && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent);
+})()"""
+"""Names of trials of which a part is not drawn."""
 
 
 def test_hparams_tells_failed_and_running_trials_from_others(
@@ -243,61 +260,84 @@ def test_hparams_tells_failed_and_running_trials_from_others(
         for other in others:
             tick(browser, other)
         browser.wait_for_selector("text=Number of matching session groups: 1")
-        shown = browser.locator("vaadin-grid-cell-content:visible:has-text('(small sweep)')")
+        shown = browser.locator("vaadin-grid-cell-content:visible:has-text('t000')")
         shown.first.wait_for()
-        browser.screenshot(path=ARTIFACTS / f"hparams-{status.lower()}.png")
-        assert shown.all_inner_texts() == [f"{only} (small sweep)"]
+        assert shown.all_inner_texts() == [only]
         for other in others:
             tick(browser, other)
         browser.wait_for_selector("text=Number of matching session groups: 8")
 
 
-def test_parallel_coordinates_draws_the_trials_that_have_every_ticked_column(
+LINES = "tf-hparams-parallel-coords-plot svg .foreground path"
+
+
+def test_parallel_coordinates_open_with_a_line_for_every_trial(
     browser: Any, boards: dict[str, Any]
 ) -> None:
-    look(browser, boards["sweep"], "hparams")
-    cells(browser)
-    for column in ("lsr.alpha", "tfkd_reg.alpha", "tfkd_reg.temperature", "epochs"):
-        tick(browser, column)
-    browser.locator("text=Parallel coordinates view").click()
-    browser.locator("paper-radio-button:has-text('Logarithmic')").first.click()
-    lines = "tf-hparams-parallel-coords-plot svg path[stroke]:not([stroke='currentColor'])"
-    browser.locator(lines).nth(7).wait_for(state="attached")
-    browser.screenshot(path=ARTIFACTS / "hparams-parallel.png")
-    assert browser.locator(lines).count() == 8
+    for board, trials in (("sweep", 8), ("sweeps", 48)):
+        look(browser, boards[board], "hparams")
+        cells(browser)
+        browser.locator("text=Parallel coordinates view").click()
+        browser.locator(LINES).nth(trials - 1).wait_for(state="attached")
+        browser.screenshot(path=ARTIFACTS / f"hparams-parallel-{board}.png")
+        drawn = browser.locator(LINES).evaluate_all(
+            "paths => paths.map(p => [p.getTotalLength(), getComputedStyle(p).stroke])"
+        )
+        assert len(drawn) == trials
+        assert all(length > 400 and colour != "none" for length, colour in drawn)
+        words = browser.locator("tf-hparams-parallel-coords-plot svg text").all_text_contents()
+        assert {*COLUMNS, "val_accuracy"} <= {*words}
     browser.locator("text=Scatter plot matrix view").click()
     browser.locator("tf-hparams-scatter-plot-matrix-plot svg circle").first.wait_for(
         state="attached"
     )
 
 
-def test_time_series_lists_readable_runs_and_filters_them(
+def run_colours(page: Any) -> dict[str, str]:
+    """Return the colour of each run that Time Series lists in its visible rows."""
+    rows = page.locator("runs-data-table tb-data-table-content-row")
+    found = rows.evaluate_all(
+        """rows => rows.map(row => [row.innerText.trim(),
+          getComputedStyle(row.querySelector('.run-color-swatch')).backgroundColor])"""
+    )
+    return dict(found)
+
+
+def test_time_series_opens_with_the_value_and_runs_in_their_objectives_colours(
     browser: Any, boards: dict[str, Any]
 ) -> None:
     look(browser, boards["sweep"], "timeseries")
     runs = browser.locator("runs-data-table tb-data-table-content-row")
     runs.filter(has_text="t0007-lsr").wait_for()
-    assert {*boards["values"]} <= {name.strip() for name in runs.all_inner_texts()}
+    browser.locator("metrics-pinned-view card-view").first.wait_for()
+    browser.wait_for_timeout(1000)
+    browser.screenshot(path=ARTIFACTS / "time-series.png")
+    assert browser.locator("metrics-pinned-view card-view").first.inner_text().startswith("val/acc")
+    colours = run_colours(browser)
+    assert {*boards["values"]} <= {*colours} and "." not in colours
+    of = {objective: {c for run, c in colours.items() if run.endswith(f"-{objective}")}
+          for objective in ("tfkd_reg", "lsr")}  # fmt: skip
+    assert len(of["tfkd_reg"]) == len(of["lsr"]) == 1 and of["tfkd_reg"] != of["lsr"]
     browser.locator("runs-data-table tb-filter-input input").press_sequentially("tfkd_reg")
     runs.filter(has_text="t0007-lsr").wait_for(state="detached")
-    browser.locator("card-view svg path, card-view canvas").first.wait_for(state="attached")
-    browser.locator("text=hp/value").first.wait_for()
-    browser.screenshot(path=ARTIFACTS / "time-series.png")
     assert [name.strip() for name in runs.all_inner_texts()] == [
         n for n in boards["values"] if "tfkd_reg" in n
     ]
 
 
-def test_custom_scalars_have_a_chart_for_each_objective(
+def test_several_sweeps_have_their_boxes_ticked_and_their_curves_drawn(
     browser: Any, boards: dict[str, Any]
 ) -> None:
-    look(browser, boards["sweep"], "custom_scalars")
-    cards = browser.locator("tf-custom-scalar-multi-line-chart-card")
-    cards.nth(3).locator("text=Matches").wait_for()
-    wait_for_lines(browser, cards)
-    browser.screenshot(path=ARTIFACTS / "custom-scalars.png")
-    assert cards.filter(has_text="Matches (4)").count() == 2
-    assert cards.filter(has_text="parts of the loss").filter(has_text="Matches (16)").count() == 1
+    look(browser, boards["sweeps"], "scalars")
+    boxes = browser.locator("tf-runs-selector paper-checkbox")
+    boxes.nth(47).wait_for(state="attached")
+    browser.locator("tf-line-chart-data-loader path.line").nth(40).wait_for(state="attached")
+    browser.screenshot(path=ARTIFACTS / "two-sweeps-scalars.png")
+    assert set(boxes.evaluate_all("boxes => boxes.map(box => box.checked)")) == {True}
+    look(browser, boards["sweeps"], "hparams")
+    cells(browser)
+    browser.screenshot(path=ARTIFACTS / "two-sweeps-hparams.png")
+    assert browser.evaluate(CUT_NAMES) == []
 
 
 def test_text_says_how_a_trial_differs_and_how_to_run_it_again(
@@ -329,8 +369,8 @@ def test_a_sweep_and_a_comparison_stand_side_by_side(browser: Any, boards: dict[
     look(browser, boards["both"], "hparams")
     found = cells(browser)
     browser.screenshot(path=ARTIFACTS / "side-by-side-hparams.png")
-    assert {"arm", "lr", "lsr.alpha", "objective"} <= set(found)
-    assert {"t0000-tfkd_reg (small sweep)", "tfkd_reg (vergleich-ü)"} <= set(found)
+    assert {"alpha", "arm", "lr", "objective"} <= set(found)
+    assert {"small sweep/t0000-tfkd_reg", "tfkd_reg (vergleich-ü)"} <= set(found)
 
     look(browser, boards["both"], "custom_scalars")
     margins = browser.locator("tf-custom-scalar-margin-chart-card")
@@ -368,7 +408,6 @@ def wait_for_images(page: Any, number: int) -> None:
     )
 
 
-PHONE, DESK = 390, 1280
 CUT = """[...document.querySelectorAll('body *')].filter(element => {
   const hidden = element.closest('.controls[hidden], #marked[hidden], noscript, script, details:not([open])');
   const box = element.getBoundingClientRect();

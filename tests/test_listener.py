@@ -144,7 +144,7 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     assert [m["epoch"] for m in read_metrics(folder)] == list(range(1, EPOCHS + 1))
     assert read_record(folder).status == "done" and read_record(folder).lost == 1
     events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tb")).Reload()
-    assert [s.step for s in events.Scalars("t0000-ce", "hp/value")] == list(range(1, EPOCHS + 1))
+    assert [s.step for s in events.Scalars("t0000-ce", "val/acc")] == list(range(1, EPOCHS + 1))
     assert json.loads((tmp_path / "spent.json").read_text())["trial_seconds"] == 2 * EPOCHS
 
 
@@ -295,4 +295,4 @@ def test_a_tensorboard_that_an_earlier_release_has_pickled_goes_on(tmp_path: Pat
     tell(board, trial, 1)
     board.on_trial_complete(0, [], trial)
     events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tb")).Reload()
-    assert [s.step for s in events.Scalars("t0000-ce", "hp/value")] == [1]
+    assert [s.step for s in events.Scalars("t0000-ce", "val/acc")] == [1]

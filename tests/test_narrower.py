@@ -272,7 +272,7 @@ def test_columns_of_tensorboard_hold_the_values_of_trials_outside(tmp_path: Path
     ).space
     board = TensorBoard(e / "tb", narrow, "val_accuracy")  # type: ignore[arg-type]
     board.setup()
-    data = read(e / "tb").SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
+    data = read(e / "tb").SummaryMetadata("about", metadata.EXPERIMENT_TAG).plugin_data.content
     infos = plugin_data_pb2.HParamsPluginData.FromString(data).experiment.hparam_infos
     columns = {info.name: info for info in infos}
     rates = [r.parameters["optim.lr"] for r in read_records(e)]

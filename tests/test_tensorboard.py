@@ -1,14 +1,17 @@
 """Event files as TensorBoard itself reads them, including its HParams backend."""
 
 import io
+import re
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -16,20 +19,29 @@ import torch
 from conftest import Run
 from PIL import Image
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from tfkd_ray.cli.show import _HOW_TO_COMPARE
 from tfkd_ray.learn.objectives import Canonical, LabelSmoothing, TfkdReg, TfkdRegCode
 from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings.yaml import parse_yaml
+from tfkd_ray.show.board import (
+    BY_OBJECTIVE,
+    CHANGES,
+    _status,
+    _with_status,
+    adapted_assets,
+    opening,
+)
 from tfkd_ray.show.tensorboard import (
+    OUTCOME_TAG,
     TensorBoard,
     _column,
-    _common,
     _hparam_columns,
+    _joined_column,
     _kind,
     _session_start,
+    column_names,
     label_probability,
     short_names,
     side_by_side,
@@ -107,11 +119,9 @@ def test_runs_have_readable_names_and_few_stable_tags(tmp_path: Path, space: Spa
         [0.5, 0.6],
     )
     events = read(tmp_path)
-    assert set(events.Runs()) == {".", "t0007-lsr"}
-    assert set(events.Runs()["t0007-lsr"]["scalars"]) == {
-        "train/loss", "val/acc", "hp/value", "objective/lsr", "hp/epochs",
-    }  # fmt: skip
-    scalars = events.Scalars("t0007-lsr", "hp/value")
+    assert set(events.Runs()) == {"about", "t0007-lsr"}
+    assert set(events.Runs()["t0007-lsr"]["scalars"]) == {"train/loss", "val/acc"}
+    scalars = events.Scalars("t0007-lsr", "val/acc")
     assert [(s.step, round(s.value, 6)) for s in scalars] == [(1, 0.5), (2, 0.6)]
 
 
@@ -119,18 +129,18 @@ def test_every_searched_parameter_is_a_typed_column(tmp_path: Path, space: Space
     callback = TensorBoard(tmp_path, space)
     callback.setup()
     callback.setup()  # a resumed sweep adds no second summary
-    data = read(tmp_path).SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
+    data = read(tmp_path).SummaryMetadata("about", metadata.EXPERIMENT_TAG).plugin_data.content
     experiment = plugin_data_pb2.HParamsPluginData.FromString(data).experiment
     columns = {h.name: h for h in experiment.hparam_infos}
-    assert set(columns) == {"objective", "lr", "lsr.alpha", "student"}
+    assert set(columns) == {"objective", "lr", "alpha", "student"}
     assert (columns["lr"].domain_interval.min_value, columns["lr"].domain_interval.max_value) == (
         0.1,
         1.0,
     )
     assert [v.string_value for v in columns["objective"].domain_discrete.values] == ["ce", "lsr"]
     assert all(h.differs for h in columns.values())
-    assert next(m.name.tag for m in experiment.metric_infos) == "hp/value"
-    assert len(list(tmp_path.glob("events.*"))) == 1
+    assert next(m.name.tag for m in experiment.metric_infos) == "val/acc"
+    assert len(list(tmp_path.glob("**/events.*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def test_a_sweeps_callback_tells_values_as_its_columns_do(tmp_path: Path) -> Non
     run(callback, trial(tmp_path, 0, "kd", **{"teacher.stop_epoch": 5}), [0.5])
     run(callback, trial(tmp_path, 1, "kd", **{"teacher.stop_epoch": None}), [0.5])
     events = read(tmp_path)
-    data = events.SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
+    data = events.SummaryMetadata("about", metadata.EXPERIMENT_TAG).plugin_data.content
     (column,) = plugin_data_pb2.HParamsPluginData.FromString(data).experiment.hparam_infos
     told = [
         plugin_data_pb2.HParamsPluginData.FromString(
@@ -233,6 +243,62 @@ def test_short_names_are_short_only_where_that_is_clear(space: Space) -> None:
     assert short_names([*twice.parameters, *space.parameters])["student"] == "student"
 
 
+OBJECTIVES = [
+    "ce",
+    {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
+    {"name": "tfkd_reg", "alpha": 0.3, "temperature": {"low": 2, "high": 20}, "correct_prob": {"low": 0.9, "high": 0.99}},
+]  # fmt: skip
+
+
+def test_objectives_share_columns_that_every_trial_fills(tmp_path: Path) -> None:
+    space = build_space({"objective": OBJECTIVES, "student": "mlp"})
+    assert set(column_names(space.parameters).values()) == {"alpha", "temperature", "correct_prob"}
+    found = {c.name: c for c in _hparam_columns(space)}
+    assert {name for name, c in found.items() if c.differs} == {"objective", "alpha", "temperature"}
+    ends = {
+        name: (c.domain_interval.min_value, c.domain_interval.max_value)
+        for name, c in found.items()
+        if name != "objective"
+    }
+    assert ends == {"alpha": (0, 0.4), "temperature": (1, 20), "correct_prob": (0.9, 0.99)}
+    callback = TensorBoard(tmp_path, space)
+    callback.setup()
+    values = {"lsr": {"alpha": 0.1}, "tfkd_reg": {"temperature": 3.0, "correct_prob": 0.95}}
+    told = {}
+    for number, branch in enumerate(space.branches):
+        own = values.get(branch.objective, {})
+        t = trial(
+            tmp_path,
+            number,
+            branch.objective,
+            **{f"objective.{branch.objective}.{key}": value for key, value in own.items()},
+        )
+        config = branch.config(t.config["trial"]["parameters"]).model_dump(mode="json")
+        t.config = {**config, "trial": t.config["trial"]}
+        run(callback, t, [0.5])
+        start = read(tmp_path).SummaryMetadata(str(t.trial_id), metadata.SESSION_START_INFO_TAG)
+        data = plugin_data_pb2.HParamsPluginData.FromString(start.plugin_data.content)
+        told[branch.objective] = {
+            name: value.number_value
+            for name, value in data.session_start_info.hparams.items()
+            if name != "objective"
+        }
+    assert told == {
+        "ce": {"alpha": 0, "temperature": 1},
+        "lsr": {"alpha": 0.1, "temperature": 1},
+        "tfkd_reg": {"alpha": 0.3, "temperature": 3, "correct_prob": 0.95},
+    }
+
+
+def test_a_setting_that_is_text_in_one_objective_is_no_shared_column() -> None:
+    own = {"name": "own", "path": "anything:loss", "args": {"width": {"choices": ["a", "b"]}}}
+    other = {**own, "path": "anything:other", "args": {"width": {"low": 1, "high": 2}}}
+    with only_reading():
+        space = build_space({"objective": [own, other], "search": {"baselines": False}})
+    names = column_names(space.parameters)
+    assert len(set(names.values())) == len(names) == 2
+
+
 def test_a_trial_fills_the_columns_that_the_experiment_names(tmp_path: Path) -> None:
     tree = {
         "objective": "kd",
@@ -250,7 +316,7 @@ def test_a_trial_fills_the_columns_that_the_experiment_names(tmp_path: Path) -> 
             events.SummaryMetadata(run, tag).plugin_data.content
         )
         for run, tag in (
-            (".", metadata.EXPERIMENT_TAG),
+            ("about", metadata.EXPERIMENT_TAG),
             ("t0000-kd", metadata.SESSION_START_INFO_TAG),
         )
     ]
@@ -281,38 +347,41 @@ def test_a_trial_that_fails_and_is_tried_again_has_the_status_of_its_last_try(
 
 
 @pytest.mark.parametrize(
-    "last, failed, says",
-    [(9, None, "after 9 of 9 epochs: done"), (3, None, "after 3 of 9 epochs: stopped early"),
-     (3, "ArithmeticError: nan", "after 3 of 9 epochs: failed: ArithmeticError: nan")],
+    "last, failed, says, status",
+    [(9, None, "after 9 of 9 epochs: done", "done, 9/9"), (3, None, "after 3 of 9 epochs: stopped early", "stopped, 3/9"),
+     (3, "ArithmeticError: nan", "after 3 of 9 epochs: failed: ArithmeticError: nan", "failed, 3/9")],
     ids=["done", "stopped", "failed"],
 )  # fmt: skip
 def test_how_a_trial_ended_is_told_in_words_and_epochs(
-    tmp_path: Path, space: Space, last: int, failed: str | None, says: str
+    tmp_path: Path, space: Space, last: int, failed: str | None, says: str, status: str
 ) -> None:
     t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2})
     run(TensorBoard(tmp_path, space), t, [0.5] * last, failed)
     events = read(tmp_path)
     assert content(events, "t0000-ce", "trial/outcome").decode() == says
-    assert events.Scalars("t0000-ce", "hp/epochs")[0].value == last
+    tags = {
+        tag: events.SummaryMetadata("t0000-ce", tag).plugin_data.content
+        for tag in (OUTCOME_TAG, metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG)
+    }
+    assert _status(tags) == status
+    start = _with_status(tags, status, [])[metadata.SESSION_START_INFO_TAG]
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(start).session_start_info.hparams
+    assert hparams["status"].string_value == status and hparams["lr"].number_value == 0.2
+    earlier = {tag: tags[tag] for tag in tags if tag != OUTCOME_TAG}
+    assert _status(earlier) == ("failed" if failed else "done"), "events of an earlier release"
+    assert _status({}) == "running"
 
 
-def test_the_root_says_what_is_searched_and_has_a_chart_for_each_objective(
-    tmp_path: Path, space: Space
-) -> None:
+def test_a_text_says_what_is_searched_and_in_which_column(tmp_path: Path, space: Space) -> None:
     write_experiment(tmp_path, space.tree, ["tfkd", "tune", "my space.yaml"])
     callback = TensorBoard(tmp_path / "tb", space)
     callback.setup()
     events = read(tmp_path / "tb")
-    text = content(events, ".", "experiment").decode()
+    text = content(events, "about", "experiment").decode()
     assert "    tfkd tune 'my space.yaml'" in text and "Git commit" in text
-    assert "| objective.lsr.alpha | lsr.alpha | 0.1 to 0.4 | lsr |" in text
+    assert "| objective.lsr.alpha | alpha | 0.1 to 0.4 | lsr |" in text
     assert "| student | student | mlp or cnn | ce, lsr |" in text.replace("  ", " ")
-    layout = layout_pb2.Layout.FromString(content(events, ".", "custom_scalars__config__"))
-    assert [c.multiline.tag[0] for c in layout.category[0].chart] == [
-        "^objective/ce$",
-        "^objective/lsr$",
-    ]
-    assert not any("teacher" in c.title for category in layout.category for c in category.chart)
+    assert "Objectives share the columns alpha." in text and "alpha = 0" in text
 
 
 def test_a_trial_says_how_it_differs_and_its_configuration_reads_back(
@@ -383,7 +452,7 @@ def test_a_report_costs_less_than_two_milliseconds(tmp_path: Path, space: Space)
         seconds.append(time.perf_counter() - began)
     callback.on_trial_complete(0, [], t)
     assert statistics.median(seconds) < 2e-3
-    assert len(read(tmp_path).Scalars("t0000-lsr", "hp/value")) == 1000
+    assert len(read(tmp_path).Scalars("t0000-lsr", "val/acc")) == 1000
 
 
 # --- tfkd tensorboard
@@ -410,15 +479,15 @@ def test_several_experiments_stand_side_by_side_with_the_columns_of_all(
     side_by_side(board, experiments)
     run(TensorBoard(tmp_path / "ü" / "tb", other), trial(tmp_path, 1, "kd"), [0.5])
     side_by_side(board, experiments)  # a trial is new
-    assert len(list(board.glob("events.*"))) == 1
+    assert len(list(board.glob("about/events.*"))) == 1
     events = read(board)
-    assert set(events.Runs()) == {".", "a b/t0000-ce", "ü/t0000-kd", "ü/t0001-kd"}
-    data = events.SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
+    assert set(events.Runs()) == {"about", "a b/t0000-ce", "ü/t0000-kd", "ü/t0001-kd"}
+    data = events.SummaryMetadata("about", metadata.EXPERIMENT_TAG).plugin_data.content
     columns = {
         h.name: h
         for h in plugin_data_pb2.HParamsPluginData.FromString(data).experiment.hparam_infos
     }
-    assert set(columns) == {"objective", "lr", "lsr.alpha", "student"}
+    assert set(columns) == {"objective", "lr", "alpha", "student"}
     assert not columns["lr"].HasField("domain_interval")  # two ranges
     groups = {
         plugin_data_pb2.HParamsPluginData.FromString(
@@ -426,9 +495,9 @@ def test_several_experiments_stand_side_by_side_with_the_columns_of_all(
         ).session_start_info.group_name
         for name in ("a b/t0000-ce", "ü/t0000-kd")
     }
-    assert groups == {"t0000-ce (a b)", "t0000-kd (ü)"}
-    layout = layout_pb2.Layout.FromString(content(events, ".", "custom_scalars__config__"))
-    assert [c.title for c in layout.category[0].chart] == ["ce", "lsr", "kd"]
+    assert groups == {""}, "each trial is a group, and has the name of its run"
+    text = content(events, "about", "experiment").decode()
+    assert "**a b**" in text and "**ü**" in text
 
 
 @pytest.mark.parametrize(
@@ -444,7 +513,7 @@ def test_a_column_that_is_text_in_one_experiment_and_numbers_in_another_hides_no
         with only_reading():
             columns += _hparam_columns(build_space({"objective": "ce", "student": student}))
     for first, second in (columns, columns[::-1]):
-        common = _common(first, second)
+        common = _joined_column(first, second)
         values = [*common.domain_discrete.values]
         if "choices" not in ours:
             assert common.type == api_pb2.DATA_TYPE_UNSET and not values
@@ -453,9 +522,43 @@ def test_a_column_that_is_text_in_one_experiment_and_numbers_in_another_hides_no
         for column in columns:
             assert all(value in values for value in column.domain_discrete.values)
         third = _column(common.name, Choices(("auto", "c")))
-        assert len(_common(common, third).domain_discrete.values) > len(
+        assert len(_joined_column(common, third).domain_discrete.values) > len(
             third.domain_discrete.values
         )
+
+
+def test_every_change_of_tensorboards_pages_has_its_place() -> None:
+    pages, missing = adapted_assets()
+    assert missing == 0, f"this TensorBoard is not the one that is adapted: {missing} of {CHANGES}"
+    with zipfile.ZipFile(io.BytesIO(pages)) as ours:
+        script = ours.read("index.js").decode()
+    assert '_sessionGroupHParam(item, "status")' in script and 'width="10em" resizable' in script
+
+
+def test_it_opens_with_runs_in_the_colours_of_their_objectives() -> None:
+    answers: list[Any] = []
+
+    def theirs(environ: dict[str, Any], start: Any) -> list[bytes]:
+        return [b"theirs"]
+
+    app = opening(theirs, "val/acc")
+    assert list(app({"PATH_INFO": "/"}, lambda *answer: answers.append(answer))) == []
+    ((status, [(name, place)]),) = answers
+    assert (status, name) == ("302 Found", "Location")
+    asked = parse_qs(urlsplit(place).query)
+    assert (
+        asked["runColorGroup"] == [f"regex:{BY_OBJECTIVE}"] and "val/acc" in asked["pinnedCards"][0]
+    )
+    for environ in ({"PATH_INFO": "/", "QUERY_STRING": "x=1"}, {"PATH_INFO": "/data/runs"}):
+        assert list(app(environ, None)) == [b"theirs"]  # type: ignore[arg-type]
+    found = {
+        run: m.group(1)
+        for run in ("t0001-tfkd_reg", "A/t0012-ce", "arms/reg-x", "reg-x-s1001", "A/arms/ce")
+        if (m := re.search(BY_OBJECTIVE, run))
+    }
+    assert found == {
+        "t0001-tfkd_reg": "tfkd_reg", "A/t0012-ce": "ce", "arms/reg-x": "reg-x", "reg-x-s1001": "reg-x", "A/arms/ce": "ce",
+    }  # fmt: skip
 
 
 def test_the_five_steps_fit_a_terminal() -> None:
@@ -579,7 +682,6 @@ def test_step_zero_and_metrics_of_ones_own_are_written_and_what_is_rays_is_not(
         "deep/er",
         "opt/lr",
         "hp/value",
-        "hp/epochs",
     }
     for tag, value in {"loss": 1.5, "deep/er": 2.0, "opt/lr": 4.0, "hp/value": 1.5}.items():
         assert [(s.step, s.value) for s in events.Scalars("mine", tag)] == [

@@ -399,13 +399,13 @@ def test_a_users_tuner_searches_its_own_dictionary_and_stops_trials(
     assert min(t.value for t in done) == best.metrics["loss"]
     assert set(found[0].params) == {"lr", "net/w", "net/p"}
     events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tb")).Reload()
-    runs = [run for run in events.Runs() if run != "."]
+    runs = [run for run in events.Runs() if run != "about"]
     assert len(runs) == 8
     shown = hparams_of(events, runs[0])
     assert set(shown) == {"lr", "net/w", "net/p"}
     assert next(e.value for e in events.Scalars(runs[0], "hp/value")) > 0
     if by == "searcher":
-        columns = events.SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
+        columns = events.SummaryMetadata("about", metadata.EXPERIMENT_TAG).plugin_data.content
         infos = plugin_data_pb2.HParamsPluginData.FromString(columns).experiment.hparam_infos
         assert [info.name for info in infos] == ["lr", "net/p", "net/w"]
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -441,21 +441,22 @@ def compare_verb(args: Namespace) -> int:
 
 
 _HOW_TO_COMPARE = """\
-1. Time Series: filter the runs (tfkd_reg), pin hp/value, set smoothing to 0.
-2. HParams, Table: tick the columns you want (5 are ticked), sort by the value.
-3. HParams, Parallel Coordinates and Scatter Plot Matrix: untick columns that
-   some trials lack, else those trials are not drawn; log scale for lr; drag
-   along the value's axis to keep the best, and read which T and alpha are left.
-4. Custom Scalars: the value by objective, and the intervals of confirmed arms.
-5. Text: how a trial differs from plain training, and how to run it again.
-A trial that runs, or was interrupted, has the status Unknown."""
+1. Time Series: the value is pinned, and runs are coloured by objective; filter
+   the runs, by tfkd_reg for example.
+2. HParams, Table: objectives share alpha and temperature (0 and 1 where one
+   has none); sort by the value; tick further columns at the left.
+3. HParams, Parallel Coordinates and Scatter Plot Matrix: log scale for lr;
+   drag along the value's axis to keep the best, and read which T and alpha are
+   left. Trials that lack a ticked column are not drawn.
+4. Text: how a trial differs from plain training, and how to run it again.
+5. Custom Scalars, of a comparison: the intervals of its arms.
+A trial that was interrupted has the status running."""
 
 
 def tensorboard_verb(args: Namespace) -> int:
     import tempfile
 
-    from tensorboard import program
-
+    from tfkd_ray.show.board import board_of
     from tfkd_ray.store.experiment import read_experiment
     from tfkd_ray.store.storage import experiment_of, kept_up_to_date, with_events
 
@@ -485,11 +486,12 @@ def tensorboard_verb(args: Namespace) -> int:
                 side_by_side(Path(folder), experiments)
 
         link()
-        board = program.TensorBoard()
         logdir = folder if several else str(next(iter(experiments.values())) / "tb")
-        # read all files of a run, and drop no epoch
-        board.configure(argv=["tensorboard", "--logdir", logdir, "--host", "127.0.0.1", "--port", str(args.port),
-                              "--reload_multifile", "true", "--samples_per_plugin", "scalars=5000"])  # fmt: skip
+        board, missing = board_of(logdir, args.port, _pinned_tag(experiments.values()))
+        if missing:
+            say_error(
+                "note: the pages of this TensorBoard are not those of 2.21, and are shown as they are"
+            )
         with contextlib.redirect_stderr(io.StringIO()):  # TensorBoard's advice on its flags
             url = board.launch()
         say_error(f"TensorBoard: {url} (Ctrl-C ends it)\n{_HOW_TO_COMPARE}")
@@ -497,6 +499,17 @@ def tensorboard_verb(args: Namespace) -> int:
             time.sleep(2)
             link()
     return OK
+
+
+def _pinned_tag(experiments: Iterable[Path]) -> str:
+    """Return the tag of the value of the first sweep; of comparisons alone, the training loss."""
+    from tfkd_ray.show.tensorboard import TAGS, tag_of
+    from tfkd_ray.store.experiment import selection_metric
+
+    for experiment in experiments:
+        if not (experiment / "confirm.yaml").is_file():
+            return tag_of(selection_metric(experiment))
+    return TAGS["train_loss"]
 
 
 def _check_port(port: int) -> None:

@@ -9,10 +9,12 @@ is TensorBoard's own, not TensorFlow's.
 Shapes: N = images, K = classes.
 """
 
+import copy
 import io
 import math
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +51,14 @@ from tfkd_ray.show.status import read_lasts
 from tfkd_ray.space.arms import Arm, read_comparison
 from tfkd_ray.space.plain import PlainSpace
 from tfkd_ray.space.ranges import Choices, Domain
-from tfkd_ray.space.space import Parameter, Searched, Space, build_space, without_unlabelled
+from tfkd_ray.space.space import (
+    Branch,
+    Parameter,
+    Searched,
+    Space,
+    build_space,
+    without_unlabelled,
+)
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import FULL_LENGTH, as_number, read_experiment, trials_folder
 from tfkd_ray.verdict.calibration import BINS, binned, calibration_error
@@ -63,16 +72,22 @@ TAGS = {
     "val_teacher_kl": "kd/kl",
     "train_kd_ratio": "kd/grad_ratio",
     "lr": "opt/lr",
-    "images_per_s": "sys/img_per_s",
 }
 """TensorBoard tags of metrics and of other numbers of an epoch; losses are in nats, accuracies
 fractions. kd/grad_ratio: how much larger the soft part's gradient by the logits is than that of CE.
 model/parameters exists if the search is about it."""
 VALUE = "hp/value"
-"""The trial's value by the selection rule: the metric of HParams. It also has the tag
-objective/NAME, because charts under Custom Scalars can select tags, but not runs."""
-EPOCHS = "hp/epochs"
-"""Epochs that the trial ran, written at its end; fewer than all if it was stopped early."""
+"""The metric of HParams, where it has no tag of its own: a metric of the user's, and the test
+metric of a comparison."""
+ABOUT = "about"
+"""The run with the texts of an experiment and the columns of HParams."""
+OUTCOME_TAG = "_hparams_/outcome"
+"""How a trial ended, in the form of its hyperparameters; see `board`."""
+STATUS = "status"
+"""Name of the outcome in `OUTCOME_TAG`: done, stopped, or failed, and after which epoch."""
+NEUTRAL = {"alpha": 0.0, "temperature": 1.0}
+"""Values, in a column that objectives share, of an objective without that setting: no soft part,
+and no softening."""
 
 
 class TensorBoard(OwnCallback):
@@ -82,7 +97,8 @@ class TensorBoard(OwnCallback):
         folder: where the runs go; point `tensorboard --logdir` at it.
         space: names the columns of HParams; of an `OptunaSearcher`, its `space`. Without it they
             are the union of the trials' parameters.
-        metric: the metric of `hp/value`. None: the metric of a plain dictionary's space, or val_accuracy.
+        metric: the value of a trial; its tag is `hp/value` if it has none of its own. None: the
+            metric of a plain dictionary's space, or val_accuracy.
     """
 
     def __init__(
@@ -95,8 +111,15 @@ class TensorBoard(OwnCallback):
         if metric is None:
             metric = space.search.metric if isinstance(space, PlainSpace) else "val_accuracy"
         self._folder, self._space, self._metric = Path(folder), space, metric
-        self._columns = short_names(space.parameters) if space is not None else {}
-        self._kinds = _kinds(space.parameters) if space is not None else {}
+        self._columns, self._kinds = dict[str, str](), dict[str, str]()
+        self._common: frozenset[str] = frozenset()
+        if isinstance(space, Space):
+            self._columns = column_names(space.parameters)
+            self._common = common_settings(space.parameters)
+        elif space is not None:
+            self._columns = short_names(space.parameters)
+        if space is not None:
+            self._kinds = _kinds(space.parameters, self._columns)
         searched = space.search.metrics if space is not None else ()
         self._tags = {
             key: tag for key, tag in TAGS.items() if key != "parameters" or key in searched
@@ -108,15 +131,16 @@ class TensorBoard(OwnCallback):
     def on_begin(self) -> None:
         if self._space is None:
             return
-        for old in self._folder.glob("events.*.space"):  # the space of a resumed sweep may be wider
+        # the space of a resumed sweep may be wider; earlier releases wrote it at the root
+        for old in (*self._folder.glob("events.*.space"), *self._folder.glob(f"{ABOUT}/events.*")):
             old.unlink()
-        metrics, texts = {VALUE: self._metric or "value", EPOCHS: "epochs"}, []
+        metrics, texts = {tag_of(self._metric): self._metric or "value"}, []
         if isinstance(self._space, Space):
             metrics = _metrics(self._space)
             about = _about_experiment(self._space, self._columns, self._folder.parent)
-            texts = [_layout(_charts([self._space])), _text_summary("experiment", about)]
+            texts = [_text_summary("experiment", about)]
         columns = _experiment(_columns_of(self._space, self._folder.parent), metrics)
-        _write(self._folder, *texts, columns, suffix=".space")
+        _write(self._folder / ABOUT, *texts, columns, suffix=".space")
 
     def on_start(self, trial: Any, last: Values) -> None:
         self._close(trial)
@@ -138,10 +162,10 @@ class TensorBoard(OwnCallback):
             self._void.add(trial.trial_id)
         values, group = dict(trial.evaluated_params), ""
         if assignment is not None:
-            values = dict(assignment.parameters)
-            # the seeds of an arm are one session group; all experiments in TensorBoard share group
-            # names
-            group = f"{assignment.arm or assignment.name} ({self._folder.absolute().parent.name})"
+            values = {**self._shared_values(trial), **assignment.parameters}
+            if assignment.arm is not None:  # the seeds of an arm are one session group
+                # all experiments in TensorBoard share the names of groups
+                group = f"{assignment.arm} ({self._folder.absolute().parent.name})"
         elif isinstance(self._space, PlainSpace):
             values = self._space.values_in(trial.config)
         objective = self._objective(trial)
@@ -177,9 +201,7 @@ class TensorBoard(OwnCallback):
             }
             values |= {key: number for key, number in own.items() if number is not None}
         if self._metric in told:
-            values[VALUE] = told[self._metric]
-            if name := self._objective(trial):
-                values[f"objective/{name}"] = told[self._metric]
+            values[tag_of(self._metric)] = told[self._metric]
         if values:
             points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             _add(writer, epoch, Summary(value=points))
@@ -206,12 +228,11 @@ class TensorBoard(OwnCallback):
             assignment = Assignment.find(trial.config)
             full = epoch if assignment is None else assignment.epochs
             stopped = epoch < full and not (trial.last_result or {}).get(FULL_LENGTH)
-            how = "stopped early" if stopped else "done"
+            how, status = ("stopped early", "stopped") if stopped else ("done", "done")
             if failed:
-                how = f"failed: {failed}"
-            outcome = f"after {epoch} of {full} epochs: {how}"
-            ended = _session_end(bool(failed)), _scalar(EPOCHS, epoch)
-            words = _text_summary("trial/outcome", outcome)
+                how, status = f"failed: {failed}", "failed"
+            words = _text_summary("trial/outcome", f"after {epoch} of {full} epochs: {how}")
+            ended = _session_end(bool(failed)), _outcome(f"{status}, {epoch}/{full}")
             _write(writer.get_logdir(), *ended, words, step=epoch, suffix=".end")
         self._close(trial)
 
@@ -219,6 +240,17 @@ class TensorBoard(OwnCallback):
         writer, _ = self._writers.pop(trial.trial_id, (None, 0))
         if writer is not None:
             writer.close()
+
+    def _shared_values(self, trial: Any) -> Tree:
+        """Return a trial's values, by column, of settings that it does not search itself."""
+        objective = trial.config.get("objective")
+        given = objective if isinstance(objective, dict) else {}
+        found = {}
+        for setting in self._common:
+            value = given.get(setting, NEUTRAL.get(setting))
+            if value is not None:
+                found[setting] = value
+        return found
 
     def _objective(self, trial: Any) -> str | None:
         """Return the name of a trial's objective; a plain dictionary has none."""
@@ -264,6 +296,7 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
     """
     for old in (
         *folder.glob("events.*"),
+        *folder.glob(f"{ABOUT}/events.*"),
         *folder.glob("*/events.*.test"),
         *folder.glob("arms/*/events.*"),
     ):
@@ -272,7 +305,7 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
     label = f"test {score_of(whole.metric).label}" + (
         f" (preset {whole.preset}: scaled down)" if whole.preset else ""
     )
-    _write(folder, _experiment(_ARM_COLUMNS, {VALUE: label}), _layout([_MARGINS]))
+    _write(folder / ABOUT, _experiment(_ARM_COLUMNS, {VALUE: label}), _layout([_MARGINS]))
     compared = {arm.name: arm for arm in whole.arms}
     per_class: Tree = {}
     figures = {}
@@ -315,28 +348,33 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
     for name, experiment in experiments.items():
         (folder / name).mkdir(exist_ok=True)
         for run in (experiment / "tb").glob("*/"):
-            if not (folder / name / run.name).is_symlink():
+            if run.name != ABOUT and not (folder / name / run.name).is_symlink():
                 (folder / name / run.name).symlink_to(run.absolute())
-    if list(folder.glob("events.*")):
+    if list(folder.glob(f"{ABOUT}/events.*")):
         return
     columns: dict[str, HParamInfo] = {}
-    metrics, spaces, margins = dict[str, str](), list[Space](), list[layout_pb2.Category]()
-    for experiment in experiments.values():
+    experiments_with = Counter[str]()
+    metrics, texts, layout = dict[str, str](), list[str](), list[Summary]()
+    for name, experiment in experiments.items():
         if (experiment / "confirm.yaml").is_file():
-            found, margins = _ARM_COLUMNS, [_MARGINS]
-            metrics.setdefault(VALUE, "accuracy")
+            found, layout = copy.deepcopy(_ARM_COLUMNS), [_layout([_MARGINS])]
+            metrics.setdefault(VALUE, "test metric")
         else:
             space = build_space(read_experiment(experiment)["space"], experiment)
             found = _columns_of(space, experiment)
             metrics |= _metrics(space)
-            spaces.append(space)
+            texts.append(_about_experiment(space, column_names(space.parameters), experiment, name))
         for column in found:
-            columns[column.name] = _common(columns.get(column.name, column), column)
-    layout = _layout([*(_charts(spaces) if spaces else []), *margins])
-    _write(folder, _experiment(columns.values(), metrics), layout)
+            columns[column.name] = _joined_column(columns.get(column.name, column), column)
+            experiments_with[column.name] += 1
+    for name, column in columns.items():  # every trial has an objective, also of a single one
+        if experiments_with[name] < len(experiments) and name != "objective":
+            column.differs = False
+    words = [_text_summary("experiment", "\n\n".join(texts))] if texts else []
+    _write(folder / ABOUT, *words, _experiment(columns.values(), metrics), *layout)
 
 
-def _common(one: HParamInfo, other: HParamInfo) -> HParamInfo:
+def _joined_column(one: HParamInfo, other: HParamInfo) -> HParamInfo:
     """Return a column for the sessions of two experiments.
 
     Where one has numbers and the other text, a filter by text or range ends in an error; a list of
@@ -344,7 +382,8 @@ def _common(one: HParamInfo, other: HParamInfo) -> HParamInfo:
     """
     if one == other:
         return one
-    common = HParamInfo(name=one.name, type=one.type, differs=True)
+    differs = one.differs and other.differs
+    common = HParamInfo(name=one.name, type=one.type, differs=differs)
     lists = (one.domain_discrete.values, other.domain_discrete.values)
     values = [value for listed in lists for value in listed]
     if one.type != other.type or len({value.WhichOneof("kind") for value in values}) > 1:
@@ -359,14 +398,16 @@ def _common(one: HParamInfo, other: HParamInfo) -> HParamInfo:
 # --- words -----------------------------------------------------------------------------------------------------
 
 
-def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path) -> str:
-    """Return what is searched and by what command, in Markdown."""
+def _about_experiment(
+    space: Space, columns: Mapping[str, str], experiment: Path, name: str | None = None
+) -> str:
+    """Return what is searched and by what command, in Markdown; `name`: that it is shown by."""
     search = space.search
     many = "" if search.num_samples is None else f"{search.num_samples} "
     lines = [
-        f"**{experiment.name}**: {many}trials of {space.epochs} epochs, proposed by {search.sampler}, "
-        f"stopped by {search.stopping.name}. Value of a trial (`{VALUE}`): {search.metric} after its last epoch, on "
-        "validation."
+        f"**{name or experiment.name}**: {many}trials of {space.epochs} epochs, proposed by {search.sampler}, "
+        f"stopped by {search.stopping.name}. Value of a trial (`{tag_of(search.metric)}`): {search.metric} after its "
+        "last epoch, on validation."
     ]
     if (experiment / "experiment.yaml").is_file():
         about = read_experiment(experiment)
@@ -382,7 +423,26 @@ def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path
         lines.append(
             f"| {p.name} | {columns[p.name]} | {str(p.domain).replace('|', 'or')} | {where} |"
         )
+    lines += ["", *_about_columns(space)]
     return "\n".join(lines)
+
+
+def _about_columns(space: Space) -> list[str]:
+    """Return sentences on columns that objectives share, and on those that not all trials have."""
+    shared = [name for name in sorted(common_settings(space.parameters)) if name in NEUTRAL]
+    neutral = [f"{name} = {NEUTRAL[name]:g}" for name in shared]
+    sentences = []
+    if len(space.branches) > 1 and neutral:
+        sentences.append(
+            f"Objectives share the columns {', '.join(shared)}. A trial whose objective does not search one has its "
+            f"fixed value there, or, without such a setting, {' and '.join(neutral)}."
+        )
+    if partial := [c.name for c in _hparam_columns(space) if not c.differs]:
+        sentences.append(
+            f"Not every trial has: {', '.join(partial)}. HParams shows such a column once it is ticked, and parallel "
+            "coordinates then draw only the trials that have it."
+        )
+    return sentences
 
 
 def _plain_training(config: Values) -> TrainConfig:
@@ -585,33 +645,6 @@ def _bars(
 # --- summaries -------------------------------------------------------------------------------------------------
 
 
-def _chart(title: str, *tags: str) -> layout_pb2.Chart:
-    return layout_pb2.Chart(
-        title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags])
-    )
-
-
-def _charts(spaces: Sequence[Space]) -> list[layout_pb2.Category]:
-    """Return the Custom Scalars of sweeps."""
-    branches = [b for space in spaces for b in space.branches]
-    parts = [
-        _chart("parts of the loss, unweighted", "train/loss_ce", "train/loss_kd"),
-        _chart("gradient of the soft part, relative to CE's", "kd/grad_ratio"),
-    ]
-    if any(b.example.needs_teacher for b in branches):
-        parts += [
-            _chart("agreement with the teacher", "kd/agreement"),
-            _chart("KL to the teacher", "kd/kl"),
-        ]
-    values = [
-        _chart(name, f"objective/{name}") for name in dict.fromkeys(b.objective for b in branches)
-    ]
-    return [
-        layout_pb2.Category(title="value by objective", chart=values),
-        layout_pb2.Category(title="CE and KD", chart=parts),
-    ]
-
-
 _ARM_COLUMNS = [
     HParamInfo(name="objective", type=api_pb2.DATA_TYPE_STRING, differs=True),
     HParamInfo(name="arm", type=api_pb2.DATA_TYPE_STRING, differs=True),
@@ -672,6 +705,11 @@ def _scalar(tag: str, value: float) -> Summary:
     return _summary(tag, simple_value=value)
 
 
+def tag_of(metric: str | None) -> str:
+    """Return the tag whose last point is a trial's value by this metric."""
+    return VALUE if metric is None else TAGS.get(metric, VALUE)
+
+
 def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
     """Return each parameter's column name: lr for optim.lr, or the whole path if not unique."""
     tails = {p.name: p.name.split(".", 1)[-1] for p in parameters}
@@ -681,9 +719,42 @@ def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
     }
 
 
-def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
-    """Return the HParams type of each parameter that has choices."""
-    return {p.name: _kind(p.domain.values) for p in parameters if isinstance(p.domain, Choices)}
+def _settings_of_objectives(parameters: Sequence[Parameter]) -> dict[str, str]:
+    """Return the setting of each parameter of an objective: alpha for objective.kd.alpha."""
+    parts = {p.name: p.name.split(".", 2) for p in parameters}
+    return {n: found[2] for n, found in parts.items() if found[0] == "objective" and len(found) > 2}
+
+
+def common_settings(parameters: Sequence[Parameter]) -> frozenset[str]:
+    """Return the settings, of one type, that objectives show in one column each."""
+    settings = _settings_of_objectives(parameters)
+    kinds: dict[str, set[str]] = {}
+    for p in parameters:
+        if p.name in settings:
+            kinds.setdefault(settings[p.name], set()).add(_kind_of(p.domain))
+    others = {p.name.split(".", 1)[-1] for p in parameters if p.name not in settings}
+    return frozenset(s for s, found in kinds.items() if len(found) == 1 and s not in others)
+
+
+def column_names(parameters: Sequence[Parameter]) -> dict[str, str]:
+    """Return each parameter's column name, as `short_names`; objectives share theirs: alpha."""
+    common, settings = common_settings(parameters), _settings_of_objectives(parameters)
+    shared = {name: setting for name, setting in settings.items() if setting in common}
+    return short_names(parameters) | shared
+
+
+def _kind_of(domain: Domain) -> str:
+    return _kind(domain.values) if isinstance(domain, Choices) else "number_value"
+
+
+def _kinds(parameters: Sequence[Parameter], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the HParams type of each parameter that has choices, also by its column's name."""
+    listed = [p for p in parameters if isinstance(p.domain, Choices)]
+    kinds: dict[str, str] = {}
+    for p in listed:
+        kind = _kind_of(p.domain)
+        kinds |= {p.name: kind, columns[p.name]: kind}
+    return kinds
 
 
 def _experiment(columns: Iterable[HParamInfo], metrics: Mapping[str, str]) -> Summary:
@@ -698,13 +769,8 @@ def _experiment(columns: Iterable[HParamInfo], metrics: Mapping[str, str]) -> Su
 
 
 def _metrics(space: Space) -> dict[str, str]:
-    """Return at most 5 HParams metrics of a sweep, by tag."""
-    more = {
-        TAGS[m]: m
-        for m in (*space.search.metrics, "val_nll", "val_ece")
-        if m != space.search.metric
-    }
-    return {VALUE: space.search.metric, **more, EPOCHS: "epochs"}
+    """Return the HParams metrics of a sweep, by tag."""
+    return {tag_of(metric): metric for metric in (space.search.metric, *space.search.metrics)}
 
 
 def _columns_of(space: Searched, experiment: Path) -> list[HParamInfo]:
@@ -730,16 +796,57 @@ def _holding(domain: Domain, values: Iterable[Any]) -> Domain:
 
 
 def _hparam_columns(space: Searched, trials: Sequence[Values] = ()) -> list[HParamInfo]:
-    """Return the columns of a space; each holds the values of these trials, too."""
-    names = short_names(space.parameters)
+    """Return the columns of a space; each holds the values of these trials, too.
+
+    A column `differs`, and so is ticked at first, if every trial has it.
+    """
+    if not isinstance(space, Space):
+        names = short_names(space.parameters)
+        common: frozenset[str] = frozenset()
+    else:
+        names, common = column_names(space.parameters), common_settings(space.parameters)
     objectives = [b.objective for b in space.branches]
     seen = [values["objective"] for values in trials if "objective" in values]
     kinds = _holding(Choices(tuple(objectives)), seen)
     columns = [_column("objective", kinds)] if len(objectives) > 1 else []
+    found: dict[str, Domain] = {}
     for p in space.parameters:
         domain = _holding(p.domain, [values[p.name] for values in trials if p.name in values])
-        columns.append(_column(names[p.name], domain))
+        name = names[p.name]
+        found[name] = _joined_domain(found[name], domain) if name in found else domain
+    for name, domain in found.items():
+        has, filled = _who_has(name, names, common, space.branches)
+        column = _column(name, _holding(domain, filled))
+        column.differs = has
+        columns.append(column)
     return columns
+
+
+def _joined_domain(one: Domain, other: Domain) -> Domain:
+    """Return a range or list that holds the values of two, both of one type."""
+    if isinstance(one, Choices) and not isinstance(other, Choices):
+        one, other = other, one
+    values = other.values if isinstance(other, Choices) else (other.low, other.high)
+    return _holding(one, values)
+
+
+def _who_has(
+    column: str, names: Mapping[str, str], common: frozenset[str], branches: Sequence[Branch]
+) -> tuple[bool, list[Any]]:
+    """Return whether every trial has a value in a column, and the values of those that fix it."""
+    filled = []
+    for branch in branches:
+        searched = [p for p in branch.parameters if names[p.name] == column]
+        if any(p.within is None for p in searched):
+            continue
+        value = None
+        if column in common:
+            fixed = branch.example.objective.model_dump()
+            value = fixed.get(column, NEUTRAL.get(column))
+        if value is None:
+            return False, filled
+        filled.append(value)
+    return True, filled
 
 
 def _column(name: str, domain: Any) -> HParamInfo:
@@ -797,6 +904,13 @@ def _session_start(
         kind = (kinds or {}).get(key) or _kind([value])
         setattr(info.hparams[short], kind, _hparam(value, kind))
     return _hparam_summary(metadata.SESSION_START_INFO_TAG, session_start_info=info)
+
+
+def _outcome(status: str) -> Summary:
+    """Return how a trial ended, as a summary that TensorBoard itself does not read."""
+    info = SessionStartInfo()
+    info.hparams[STATUS].string_value = status
+    return _hparam_summary(OUTCOME_TAG, session_start_info=info)
 
 
 def _session_end(failed: bool) -> Summary:
