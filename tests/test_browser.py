@@ -199,7 +199,7 @@ def boards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     }
     for server in (one, both, two):
         server.send_signal(signal.SIGINT)
-        server.communicate(timeout=20)
+        server.communicate(timeout=60)
     assert (one.returncode, both.returncode, two.returncode) == (0, 0, 0)
 
 
@@ -222,6 +222,8 @@ def test_hparams_shows_settings_value_and_status_of_every_trial(
     browser: Any, boards: dict[str, Any]
 ) -> None:
     look(browser, boards["sweep"], "hparams")
+    last = f"{list(boards['values'].values())[-1]:.5f}"
+    browser.locator(f"vaadin-grid-cell-content:has-text('{last}')").first.wait_for()
     found = cells(browser)
     browser.screenshot(path=ARTIFACTS / "hparams-table.png")
     head = ["Trial ID", "Status", "Show Metrics", *COLUMNS, "val_accuracy"]
@@ -245,7 +247,7 @@ CUT_NAMES = """(() => {
   const all = root => [...root.querySelectorAll('*')].flatMap(
     e => [e, ...(e.shadowRoot ? all(e.shadowRoot) : [])]);
   return all(document).filter(e => e.tagName === 'DIV' && /^\\s*(\\S+\\/)?t0\\d\\d\\d-/.test(e.textContent)
-    && e.children.length === 0 && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent);
+    && e.children.length === 0 && e.clientWidth > 0 && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent);
 })()"""
 """Names of trials of which a part is not drawn."""
 
