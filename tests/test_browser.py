@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from test_tensorboard import FakeTrial
 from tfkd_ray.learn.checkpoint import save_weights
 from tfkd_ray.run.confirm import LOGITS, outcome
 from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.show import follow
+from tfkd_ray.show.follow import server_of
+from tfkd_ray.show.python import followed_report
 from tfkd_ray.show.report import report
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
@@ -576,6 +580,144 @@ def test_a_cell_of_a_heat_map_chooses_its_trial(opened: Any) -> None:
     cell.click()
     assert page.locator("tr.chosen").get_attribute("data-trials") == "7"
     assert page.locator("table.heat td.chosen").inner_text() == "95.00"
+
+
+@pytest.fixture
+def followed(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Yield a page that follows a sweep of 12 trials, of which the other 12 come later, and a function for that."""
+    monkeypatch.setattr(follow, "RENEW_S", 0.2)
+    monkeypatch.setattr(follow, "SHARE", 1.0)
+    experiment, later = tmp_path / "e", tmp_path / "later"
+    make_records(experiment, 24)
+    later.mkdir()
+    alive = {"now": True}
+    for module in ("tfkd_ray.show.status", "tfkd_ray.show.follow"):
+        monkeypatch.setattr(f"{module}.is_running", lambda experiment: alive["now"])
+    for folder in sorted((experiment / "trials").iterdir())[12:]:
+        folder.rename(later / folder.name)
+
+    def go_on() -> None:
+        for folder in later.iterdir():
+            folder.rename(experiment / "trials" / folder.name)
+            (experiment / "trials" / folder.name / "metrics.jsonl").touch()
+        alive["now"] = False
+
+    errors: list[str] = []
+    context = browser.context.browser.new_context(viewport={"width": DESK, "height": 900})
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    with server_of(followed_report(experiment), 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+        page.locator("html[data-drawn]").wait_for()
+        yield page, go_on, server
+        context.close()
+        server.shutdown()
+        thread.join()
+    assert errors == []
+
+
+def test_a_followed_report_is_renewed_in_place(followed: Any) -> None:
+    page, go_on, _ = followed
+    until(page, "document.getElementById('live').textContent.includes('(as of ')")
+    assert page.inner_text("#live").startswith("Live: the sweep runs")
+    page.fill("#filter", "tfkd_reg")
+    page.locator("table.trials th button", has_text=re.compile("^lr$")).click()
+    before = numbers(page)
+    page.locator("tr[data-trials]:not([hidden])").first.click()
+    (chosen,) = page.evaluate("document.documentElement.dataset.chosen").split()
+    page.evaluate("""() => {
+      window.plot = [...document.querySelectorAll('.plot')].find(p => p.dataset.key.startsWith('slices'));
+      window.table = document.querySelector('.tall');
+      Plotly.relayout(plot, {'yaxis.range[0]': 90, 'yaxis.range[1]': 94});
+      document.querySelector('details').open = true;
+      [...document.querySelectorAll('h2')].find(h => h.textContent === 'Training').scrollIntoView();
+    }""")
+    place = "[...document.querySelectorAll('h2')].find(h => h.textContent === 'Training').getBoundingClientRect().top"
+    at = page.evaluate(place)
+    assert abs(at) < 5
+    page.focus("#filter", timeout=5000)
+    page.evaluate(
+        "[...document.querySelectorAll('h2')].find(h => h.textContent === 'Training').scrollIntoView()"
+    )
+    go_on()
+    until(page, "document.getElementById('left').textContent.endsWith('of 24 trials')")
+    page.screenshot(path=ARTIFACTS / "report-followed.png")
+    assert abs(page.evaluate(place) - at) < 5
+    assert page.input_value("#filter") == "tfkd_reg" and len(numbers(page)) > len(before)
+    assert page.evaluate("document.activeElement.id") == "filter"
+    lr = page.evaluate("""[...document.querySelectorAll('tr[data-trials]:not([hidden])')].map(row =>
+      Number(row.cells[keys.indexOf('lr')].dataset.value))""")
+    assert lr == sorted(lr)
+    assert page.locator("tr.chosen").get_attribute("data-trials") == chosen
+    assert page.evaluate("plot.isConnected && table.isConnected")
+    assert page.evaluate("plot.layout.yaxis.range") == [90, 94]
+    assert page.evaluate("document.querySelector('details').open")
+    marks = page.evaluate(MARKS.replace("TRIAL", f"'{chosen}'"))
+    assert len(marks) > 5 and set(marks) == {1}
+    assert "The sweep has ended: this is its final report" in page.inner_text("#live")
+
+
+def test_a_followed_report_says_that_nobody_answers_and_goes_on(followed: Any) -> None:
+    page, _, server = followed
+    until(page, "document.getElementById('live').textContent.includes('(as of ')")
+    answer = server.RequestHandlerClass.do_GET
+    server.RequestHandlerClass.do_GET = lambda self: self.connection.close()
+    try:
+        until(page, "document.getElementById('live').classList.contains('lost')")
+        assert "tfkd report has not answered since" in page.inner_text("#live")
+    finally:
+        server.RequestHandlerClass.do_GET = answer
+    until(page, "!document.getElementById('live').classList.contains('lost')")
+
+
+RUNNING = """
+student: {name: mlp, hidden: [16]}
+data: digits
+objective: [ce, {name: lsr, alpha: {low: 0.02, high: 0.4}}]
+optim: {lr: {low: 0.01, high: 0.5, log: true}}
+epochs: 9
+search: {num_samples: 16, max_concurrent: 1}
+"""
+
+
+@pytest.mark.ray
+def test_a_report_follows_a_running_sweep_to_its_end(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(RUNNING)
+    tfkd = [sys.executable, "-m", "tfkd_ray"]
+    log = (tmp_path / "log").open("w")
+    how = {"cwd": tmp_path, "text": True}
+    sweep = subprocess.Popen([*tfkd, "tune", "mine.yaml", "--name", "e"], stdout=log, stderr=log, **how)  # fmt: skip
+    try:
+        first = tmp_path / "tfkd_results" / "e" / "trials"
+        end = time.monotonic() + 300
+        while not list(first.glob("*/metrics.jsonl")):
+            assert sweep.poll() is None and time.monotonic() < end, Path(log.name).read_text()
+            time.sleep(0.2)
+        served = subprocess.Popen([*tfkd, "report", "e", "--follow", "--port", "0"], stderr=subprocess.PIPE, **how)  # fmt: skip
+        assert served.stderr is not None
+        line = served.stderr.readline()
+        assert line.startswith("report: http://127.0.0.1:"), line + served.stderr.read()
+        page = browser.context.browser.new_context(viewport={"width": DESK, "height": 900}).new_page()  # fmt: skip
+        page.set_default_timeout(120_000)
+        page.goto(line.split()[1])
+        page.locator("html[data-drawn]").wait_for()
+        started = int(page.inner_text("#left").split()[2]) if page.query_selector("#left") else 0
+        page.screenshot(path=ARTIFACTS / "report-running.png", full_page=True)
+        end = time.monotonic() + 300
+        while "The sweep has ended" not in page.inner_text("#live"):
+            assert time.monotonic() < end, page.inner_text("#live")
+            time.sleep(0.5)
+        assert started < 16 and page.inner_text("#left") == "16 of 16 trials"
+        page.screenshot(path=ARTIFACTS / "report-ended.png", full_page=True)
+        page.context.close()
+        served.send_signal(signal.SIGINT)
+        served.communicate(timeout=30)
+        assert served.returncode == 0
+    finally:
+        sweep.terminate()
+        sweep.wait(60)
 
 
 def test_optuna_dashboard_shows_the_studies_of_a_sweep(browser: Any, tmp_path: Path) -> None:

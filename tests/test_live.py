@@ -2,16 +2,21 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 from test_readers import change, make_sweep
 
+from tfkd_ray.learn.config import TeacherRun
+from tfkd_ray.learn.models import Mlp
+from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.show import live
 from tfkd_ray.show.live import Progress
-from tfkd_ray.show.status import epochs_left
+from tfkd_ray.show.pace import TRUST, Begun, HalvingRule, Pace, epochs_left
+from tfkd_ray.show.waiting import Waiting
 from tfkd_ray.space.arms import build_arms, new_comparison
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import write_experiment
@@ -150,37 +155,180 @@ def test_it_says_how_it_stands_to_the_second_and_the_trial(
     clock.now += 2
     tell(progress, second, 3, 0.6)
     spent.write_text(json.dumps({"seconds": 20.0, "trial_seconds": 1800.0}))
-    # 12 epochs in 20 s. Of 4 trials that reached epoch 1, 1 was stopped there, so 3 new ones take 1
-    # + 8 * 3/4 epochs, and the running one 6 more: 27 epochs at 0.6 a second
+    # An epoch takes 2 s, and one trial runs at a time: it has 6 epochs left. The fourth trial of ce at
+    # epoch 1 passes in 1 of 4 cases, the third at epoch 3 in 1 of 3: 1 + 2/4 + 6/12 epochs. Of lsr, the
+    # second and third pass epoch 1 in 1 of 2 and 1 of 3 cases: 1 + 2 * 5/12 + 6 * 5/24 epochs each.
+    # 14 epochs in all, a little more as more passed so far; the drawn sweeps take 25 s.
     assert progress.lines(80, 24) == [
-        "sweep: 4 of 8 trials, 1 running, 0:20, about 0:45 left",
+        "sweep: 4 of 8 trials, 1 running, 0:20, about 0:25 left",
+        f"{'━' * 45}{'─' * 29}  61 %",
         "36 epochs/min, 750 images/s, time 0:20 of 1:00:00, 0.50 of 2 CPU-hours",
         "1 of 3 failures",
         "",
-        "     full  stopped  failed  best val_accuracy    vs ce  running",
-        "ce      1        1       0             0.9000           t0004 3/9",
-        "lsr     1        0       1             0.8750  -0.0250",
+        "       full  stopped  failed  running  best val_accuracy    vs ce",
+        "● ce      1        1       0        1             0.9000",
+        "● lsr     1        0       1        0             0.8750  -0.0250",
         "",
+        "━━━━━━━━━━──────────────────── t0004-ce  3/9  0.6000",
+        "",
+        "best so far ▄▄▄▄ 0.9000",
         "best: t0000-ce, val_accuracy 0.9000: alpha 0.123",
         "rung at epoch   1  3  9",
         "  came there    4  3  2",
         "  were stopped  1  0",
         "failed: t0003-lsr: Diverged: train_loss is nan",
     ]
-    progress._search = progress._search.model_copy(update={"time_budget_s": 50.0})
-    assert progress.lines(80, 24)[0].endswith("0:30 left of the time budget")
+    progress._search = progress._search.model_copy(update={"time_budget_s": 40.0})
+    assert progress.lines(80, 24)[0].endswith("0:20 left of the time budget")
 
 
 def test_epochs_left_are_those_of_trials_stopped_as_often_as_so_far() -> None:
-    assert epochs_left([], [9, 9]) == 18
+    def left(begun: list[tuple[int, int, str]], new: int) -> float:
+        return epochs_left([Begun("ce", *b) for b in begun], [("ce", 9)] * new)
+
+    assert left([], 2) == 18
     done, at_one, at_three = (9, 9, "done"), (1, 9, "stopped"), (3, 9, "stopped")
-    assert epochs_left([done], [9]) == 9
-    assert epochs_left([done, at_one], [9]) == 1 + 8 / 2
-    assert epochs_left([done, at_one, at_one, at_three], [9]) == 1 + (2 + 6 / 2) / 2
+    assert left([done], 1) == 9
+    assert left([done, at_one], 1) == 1 + 8 / 2
+    assert left([done, at_one, at_one, at_three], 1) == 1 + (2 + 6 / 2) / 2
     running = (2, 9, "running")  # past epoch 1, so it counts there; it may stop at epoch 3
-    assert epochs_left([done, at_one, at_three, running], []) == 1 + 6 / 2
-    assert epochs_left([(1, 9, "stopped")], [9]) == 1  # no trial continued
-    assert epochs_left([(1, 9, "failed"), (4, 9, "interrupted")], []) == 5
+    assert left([done, at_one, at_three, running], 0) == 1 + 6 / 2
+    assert left([(1, 9, "stopped")], 1) == 1  # no trial continued
+    assert left([(1, 9, "failed"), (4, 9, "interrupted")], 0) == 5
+
+
+def test_of_a_halving_the_epochs_left_are_those_that_its_rule_expects() -> None:
+    rule = HalvingRule((1, 3), 3)
+    new = [("ce", 9)] * 3
+    # of 3 trials 1 + 1/2 + 1/3 pass epoch 1, about 2, of which 1 + 1/2 pass epoch 3
+    passing = 1 + 1 / 2 + 1 / 3
+    assert epochs_left([], new, rule) == pytest.approx(3 + passing * (2 + 3 / 4 * 6))
+    there = [Begun("ce", 1, 9, "stopped")] * 5
+    # the sixth passes in 2 of 6 cases, in fewer as none of five passed where 2.28 were expected, and
+    # is then the first at epoch 3; another objective is apart
+    expected = 1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5
+    share = 2 / 6 * (0 + TRUST) / (expected + TRUST)
+    assert epochs_left(there, new[:1], rule) == pytest.approx(1 + share * 8)
+    assert epochs_left(there, [("lsr", 9)], rule) == 9
+    assert epochs_left([*there, Begun("ce", 2, 9, "running")], [], rule) == pytest.approx(7)
+
+
+def test_of_a_halving_that_pauses_the_epochs_left_are_known() -> None:
+    rule = HalvingRule((1, 3), 3, pauses=True)
+    assert epochs_left([], [("ce", 9)] * 9, rule) == 9 + 3 * 2 + 6
+    paused = [Begun("ce", 1, 9, "paused")] * 9
+    assert epochs_left(paused, [], rule) == 3 * 2 + 6
+    assert epochs_left([Begun("ce", 9, 9, "done")] * 3, [], rule) == 0
+
+
+def test_the_time_left_counts_places_and_what_a_trial_of_its_objective_takes() -> None:
+    pace, begun = Pace(), {}
+    new = [("ce", 4), ("kd", 4), ("ce", 4)]
+    assert pace.seconds_left(begun, new, None, 0.0) is None
+    for name, row in (("a", "ce"), ("b", "kd")):
+        pace.started(name, row, 0.0)
+        begun[name] = Begun(row, 1, 4, "running")
+    pace.epoch("a", 1.0, 30.0)  # of which 29 s are the start of a process: it is not repeated
+    pace.epoch("b", 3.0, 30.0)
+    # ce and kd run for 3 and 9 s more; then ce takes 4 s, until 7, and kd 12 s, until 19; ce until 13
+    assert pace.seconds_left(begun, new, None, 30.0) == 19
+    assert pace.seconds_left(begun, new, None, 30.5) == 18.5
+    pace.ended("a")
+    begun["a"] = Begun("ce", 4, 4, "done")
+    pace.started("c", "ce", 34.0)
+    pace.epoch("c", 1.0, 37.0)  # 2 s between two trials
+    begun["c"] = Begun("ce", 1, 4, "running")
+    assert pace.seconds_left(begun, new[:1], None, 37.0) == 2 + 2 + 4  # after b
+
+
+def test_a_bar_and_a_sparkline_have_the_width_that_they_are_given() -> None:
+    assert live.bar(0.5, 8) == ("━━━━", "────")
+    assert live.bar(1.2, 8, ascii_only=True) == ("########", "")
+    assert live.bar(-1, 4, ascii_only=True) == ("", "----")
+    assert live.sparkline([0.1, 0.2, 0.3], 10) == "▁▅█"
+    assert live.sparkline([5.0], 10) == "▄"
+    assert live.sparkline(list(range(100)), 10)[-1] == "█"
+    assert len(live.sparkline(list(range(100)), 10)) == 10
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_colours_are_those_of_the_report_and_nothing_is_said_by_them_alone(
+    tmp_path: Path, encoding: str, no_colour: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if no_colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    raw = io.BytesIO()
+    view(tmp_path / "e")[0].stop()
+    out = io.TextIOWrapper(raw, encoding=encoding)
+    console = Console(file=out, force_terminal=True, width=80, height=24)
+    progress = Progress(tmp_path / "e", console)
+    progress.setup()
+    run(progress, "t0000-ce", 9, 0.9)
+    run(progress, "t0001-lsr", 1, None, failed="ValueError: x")
+    tell(progress, start(progress, "t0002-lsr"), 3, 0.5)
+    progress.on_experiment_end([])
+    out.flush()
+    shown = raw.getvalue().decode(encoding)
+    assert "t0002-lsr" in shown and "failed: t0001-lsr" in shown
+    coloured = "38;2;230;159;0" in shown  # lsr's, #E69F00
+    assert coloured != no_colour
+    assert bool(re.search(r"\x1b\[[0-9;]*3[1-8]", shown)) != no_colour
+    assert ("━" in shown) == (encoding == "utf-8") and ("###" in shown) == (encoding == "ascii")
+
+
+def test_the_last_screen_stays(tmp_path: Path) -> None:
+    progress, out = view(tmp_path / "e", terminal=True)
+    run(progress, "t0000-ce", 9, 0.9)
+    progress.on_experiment_end([])
+    last = out.getvalue()[out.getvalue().rindex("e: 1 of 4 trials") :]
+    assert "best: t0000-ce, val_accuracy 0.9000" in last
+    after = last[last.index("best: t0000-ce") :]
+    assert "\x1b[2K" not in after and "\x1b[1A" not in after  # nothing takes it away again
+
+
+def test_before_the_first_epoch_it_says_what_is_waited_for(tmp_path: Path) -> None:
+    progress, _ = view(tmp_path / "e", terminal=True)
+    waits = "no epoch has ended yet"
+    assert waits in progress.lines(80, 24)[-1]
+    trial = start(progress, "t0000-ce")
+    assert waits in progress.lines(80, 24)[-1]
+    tell(progress, trial, 1, 0.5)
+    assert waits not in "".join(progress.lines(80, 24))
+    progress.stop()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_running_trials_have_a_bar_each_and_their_settings_where_there_is_room(
+    tmp_path: Path, width: int
+) -> None:
+    progress, _ = view(tmp_path / "e")
+    for n in range(3):
+        tell(progress, start(progress, f"t{n:04d}-lsr"), n + 1, 0.5 + n / 10)
+    lines = [line for line in progress.lines(width, 24) if "-lsr" in line and "━" in line]
+    bars = [(line.count("━"), line.count("─")) for line in lines]
+    assert [round(EPOCHS * full / (full + empty)) for full, empty in bars] == [1, 2, 3]
+    assert all(("alpha 0.123" in line) == (width == 120) for line in lines)
+    assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_while_a_teacher_trains_a_terminal_shows_its_epoch(terminal: bool) -> None:
+    out = io.StringIO()
+    wait = Waiting(Console(file=out, force_terminal=terminal, width=80))
+    teacher = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=54)
+    wait.on_teacher_epoch(teacher, {})
+    assert "its process starts" in wait.line().plain
+    wait.on_teacher_epoch(teacher, {"epoch": 12.0, "val_accuracy": 0.9712})
+    shown = wait.line().plain[2:]
+    assert shown.startswith("teacher mlp: epoch 12 of 54, val_accuracy 0.9712  0:")
+    wait.stop()
+    assert ("epoch 12 of 54" in out.getvalue()) == terminal
+    assert out.getvalue().endswith("\x1b[2K") or not terminal  # the line is gone
+    assert out.getvalue() == "" or terminal
 
 
 def test_what_earlier_sessions_did_counts_and_a_retried_trial_counts_once(tmp_path: Path) -> None:
@@ -206,7 +354,7 @@ def test_on_a_terminal_it_is_one_screen(
         tell(progress, start(progress, f"t{n:04d}-kd_standardised", epochs=100), 17, 0.8)
     lines = progress.lines(width, height)
     screen = io.StringIO()
-    Console(file=screen, width=width).print(progress._styled(lines))
+    Console(file=screen, width=width).print(Group(*progress.screen(width, height)))
     progress.stop()
     shown = screen.getvalue().splitlines()
     assert len(shown) < height and max(map(len, shown)) <= width
@@ -215,8 +363,9 @@ def test_on_a_terminal_it_is_one_screen(
             "failed: t0004-lsr: ValueError" in screen.getvalue()
             and "rung at epoch" in screen.getvalue()
         )
-        assert ("t0010 17/100 0.8000, t0011" in screen.getvalue()) == (width == 200)
-        assert len(lines) <= 20
+        assert "t0010-kd_standardised  17/100  0.8000" in screen.getvalue()
+        assert "more that run" in screen.getvalue()
+        assert len(lines) < height
 
 
 @pytest.mark.slow
@@ -235,11 +384,15 @@ def test_of_223_arms_those_that_run_are_shown_and_the_rest_counted(tmp_path: Pat
     for n in (100, 222):
         tell(progress, start(progress, f"arm-{n}-s1001", arm=f"arm-{n}"), 4, 0.5)
     lines = progress.lines(80, 24)
-    rows = {line.split()[0] for line in lines if line.startswith("arm-")}
+    rows = {line.split()[1] for line in lines if line.startswith("● arm-")}
     assert {"arm-0", "arm-2", "arm-100", "arm-222"} <= rows and len(lines) <= 23
     assert lines[0].startswith("c: 3 of 446 trials, 2 running")
     assert f"and {223 - len(rows)} more, of which 0 have begun" in lines
-    assert next(line for line in lines if line.startswith("arm-222")).endswith("s1001 4/9")
+    assert any(line.endswith("arm-222-s1001  4/9") for line in lines)
+    assert any("mean train_ce" in line for line in lines)
+    assert lines[-1].startswith("not a verdict: cross-entropy") and "test_accuracy" not in str(
+        lines
+    )
     assert (
         "rung" not in "".join(lines)
         and "vs ce" not in "".join(lines)

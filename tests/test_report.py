@@ -19,6 +19,7 @@ from test_readers import change, line, make_sweep
 
 from tfkd_ray.learn.objectives import NAMES
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show import colours as palette
 from tfkd_ray.show import figures, heat_map
 from tfkd_ray.show.report import report
 from tfkd_ray.show.status import read_plan
@@ -339,13 +340,13 @@ def test_the_table_has_all_trials_best_first(sweep: Path, page: str) -> None:
 
 
 def test_the_colour_of_an_objective_depends_on_nothing_else() -> None:
-    known = list(figures.OBJECTIVE_COLOURS)
+    known = list(palette.OBJECTIVE_COLOURS)
     assert set(known) == NAMES - {"own"}
     own = ["margin", "focal"]
     for others in (known, known[::-1], [*own, *known]):
-        colours = {name: figures.objective_colour(name, others) for name in others}
+        colours = {name: palette.objective_colour(name, others) for name in others}
         assert len(set(colours.values())) == len(others)
-        assert all(colours[name] == figures.OBJECTIVE_COLOURS[name] for name in known)
+        assert all(colours[name] == palette.OBJECTIVE_COLOURS[name] for name in known)
 
 
 def test_an_axis_shows_a_range_on_its_own_scale() -> None:

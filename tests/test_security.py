@@ -653,7 +653,7 @@ def test_our_own_code_binds_to_loopback_alone() -> None:
     """Check every bind or serve call in the package; TensorBoard and Ray get options."""
     places = [(module, served_at(call, name)) for module, name, call in calls()]
     hosts = [(module, host) for module, host in places if host is not None]
-    assert {module for module, _ in hosts} == {"cli/show", "launch/verbs"}, hosts
+    assert {module for module, _ in hosts} == {"cli/show", "launch/verbs", "show/follow"}, hosts
     assert all(host.strip("'") in LOOPBACK for _, host in hosts), hosts
     for module, tree in TREES.items():
         words = [

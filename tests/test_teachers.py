@@ -15,8 +15,11 @@ from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.models import Mlp
 from tfkd_ray.learn.objectives import CrossEntropy, TfkdSelf
 from tfkd_ray.learn.teachers import (
+    PROGRESS,
     find_or_train,
     load_teacher,
+    progress_of,
+    progress_teller,
     teacher_folder,
     teacher_name,
     train_teacher,
@@ -24,6 +27,7 @@ from tfkd_ray.learn.teachers import (
 from tfkd_ray.run.tune import train_teachers
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import Numbers
 from tfkd_ray.store.storage import Directory
 
 RUN = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
@@ -42,6 +46,27 @@ def test_a_teacher_is_trained_once_and_kept(
         "student.safetensors",
         "teacher.json",
     ]
+
+
+def test_how_far_a_teacher_is_can_be_read_while_it_trains(tmp_path: Path) -> None:
+    storage, seen = Directory(tmp_path), list[float]()
+    assert progress_of(RUN, storage) == {}
+    tell = progress_teller(RUN, storage)
+
+    def look(metrics: Numbers) -> None:
+        tell(metrics)
+        seen.append(progress_of(RUN, storage)["epoch"])
+        assert progress_of(RUN, storage)["val_accuracy"] == metrics["val_accuracy"]
+
+    train_teacher(RUN, tmp_path, look)
+    assert seen == [1.0, 2.0] and progress_of(RUN, storage) == {}
+
+
+def test_progress_that_is_cut_is_no_progress(tmp_path: Path) -> None:
+    path = teacher_folder(RUN, tmp_path) / PROGRESS
+    path.parent.mkdir(parents=True)
+    path.write_text('{"epoch": ')
+    assert progress_of(RUN, Directory(tmp_path)) == {}
 
 
 def test_the_loaded_teacher_is_the_trained_one(tmp_path: Path) -> None:

@@ -273,7 +273,12 @@ def _fit_arms(
     return fit_tuner(
         progress,
         lambda shown: comparison_tuner(
-            comparison, callbacks=[shown], on_teacher=told, on_note=shown.note, seeds=seeds
+            comparison,
+            callbacks=[shown],
+            on_teacher=told,
+            on_teacher_epoch=shown.on_teacher_epoch,
+            on_note=shown.note,
+            seeds=seeds,
         ),
         comparison.folder,
         end,

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tfkd_ray.learn.config import TeacherRun
     from tfkd_ray.run.tune import OnTeacher
     from tfkd_ray.settings.yaml import Tree
+    from tfkd_ray.show.waiting import Waiting
 from tfkd_ray.cli.on_end import OnEnd
 from tfkd_ray.cli.terminal import how_made, leave, say_error, shell_word
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED
@@ -23,22 +24,42 @@ def join_ray(address: str | None, workers: int) -> None:
     """Connect to Ray without its log output."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
-    say_error(
-        "starting Ray"
-        if not (address or os.environ.get("RAY_ADDRESS"))
-        else "joining the Ray cluster"
-    )
+    what = "starting Ray"
+    if address or os.environ.get("RAY_ADDRESS"):
+        what = "joining the Ray cluster"
+    say_error(what)
     import logging
 
-    from tfkd_ray.run.connect import ctrl_c_waits
+    with waiting(what):
+        from tfkd_ray.run.connect import ctrl_c_waits
 
-    with ctrl_c_waits():
+        _connect(address, workers, ctrl_c_waits())
+    for noisy in ("ray", "ray.tune", "ray.train"):  # our table reports it
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+def _connect(address: str | None, workers: int, interrupts: AbstractContextManager[None]) -> None:
+    with interrupts:
         import tfkd_ray.run.tune  # noqa: F401  # everything that a sweep imports: takes seconds
         from tfkd_ray.run.connect import connect
 
         connect(address, workers=workers)
-    for noisy in ("ray", "ray.tune", "ray.train"):  # our table reports it
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def waiting(what: str = "") -> Iterator["Waiting"]:
+    """Show on a terminal, inside the block, that something takes its time."""
+    from rich.console import Console
+
+    from tfkd_ray.show.waiting import Waiting
+
+    shown = Waiting(Console(file=sys.stderr))
+    try:
+        if what:
+            shown.show(what)
+        yield shown
+    finally:
+        shown.stop()
 
 
 def teacher_line(run: "TeacherRun", about: "Tree | None") -> None:
@@ -115,8 +136,12 @@ def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> 
     try:
         tuner = build(progress)
     except TeacherFailed as error:
+        progress.stop()
         say_error(f"tfkd: {error}")
         return None
+    except BaseException:
+        progress.stop()
+        raise
 
     def heard(args: threading.ExceptHookArgs) -> None:
         """Skip disk errors of writer threads: the main thread raises them again."""

@@ -111,7 +111,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "tfkd confirm first --seeds 10",
         "tfkd confirm digits_arms --preset smoke --seeds 2",
     ),
-    "report": ("tfkd report", "tfkd report first -o first.html"),
+    "report": ("tfkd report first -o first.html", "tfkd report first --follow"),
     "export": ("tfkd export first", "tfkd export first -o student --onnx"),
 }
 """Two command lines of each verb, and of each part of `teacher` and `cluster`."""

@@ -14,6 +14,7 @@ import threading
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tfkd_ray import __version__
 from tfkd_ray.cli.compare import confirm_verb
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command = command
     try:
         check_names(args)
-        with contextlib.redirect_stdout(Legible(sys.stdout)):
+        with contextlib.redirect_stdout(_shown_output(args)):
             code: int = args.run(args)
         sys.stdout.flush()
         if code == INTERRUPTED:
@@ -105,6 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_error(f"tfkd {args.verb}: {sentence}")
         _drop_what_cannot_be_written()
         return FAILED
+
+
+def _shown_output(args: Namespace) -> Any:
+    """Return standard output, escaped; on a terminal, long lines for people end at a space."""
+    from tfkd_ray.settings.columns import folded, terminal_width
+    from tfkd_ray.settings.files import Legible
+
+    for_programs = getattr(args, "json", False) or getattr(args, "output", "table") != "table"
+    width = terminal_width(sys.stdout)
+    if width is None or for_programs or args.verb in ("best", "completion", "report"):
+        return Legible(sys.stdout)
+    return Legible(sys.stdout, lambda text: folded(text, width))
 
 
 def _prepare_process() -> None:
@@ -536,11 +549,14 @@ def _parser() -> ArgumentParser:
     )
     experiment(sub)
     others(sub)
+    sub.add_argument("-f", "--follow", action="store_true",
+                     help="serve the page on 127.0.0.1 instead, and keep it up to date while a sweep runs")  # fmt: skip
+    sub.add_argument("--port", type=_count, metavar="N",
+                     help="port of the served page (default: 8500; 0: any free port)")  # fmt: skip
     sub.add_argument(
         "-o",
         "--out",
         type=Path,
-        default=Path("report.html"),
         metavar="FILE",
         help="output file (default: report.html; - or /dev/stdout: standard output)",
     )

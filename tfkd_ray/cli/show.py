@@ -330,7 +330,8 @@ def best_verb(args: Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return OK
-    print("\n".join(f"# {line}" for line in best_lines(found, experiment)))
+    for line in best_lines(found, experiment):
+        print(*wrapped(line, first="# ", rest="#   "), sep="\n")
     config = front[0].config
     if not args.all:
         config = _shortened_config(front[0])
@@ -420,14 +421,53 @@ def ls_verb(args: Namespace) -> int:
 def report_verb(args: Namespace) -> int:
     from tfkd_ray.show.python import write_report
 
+    if args.follow:
+        return _follow_report(args)
+    if args.port is not None:
+        raise ConfigError("is for a page that is served: add --follow", "--port")
     for path in write_report(
         args.experiment,
-        args.out,
+        args.out or Path("report.html"),
         figures=args.figures,
         comparisons=args.confirm,
         others=args.others,
     ):
         print(path)
+    return OK
+
+
+REPORT_PORT = 8500
+"""Port of a followed report; TensorBoard's usual one is 6006, and that of Ray's dashboard 8265."""
+
+
+def _follow_report(args: Namespace) -> int:
+    """Serve the report of an experiment on this machine until Ctrl-C."""
+    from tfkd_ray.show.follow import HERE_ALONE, server_of
+    from tfkd_ray.show.python import followed_report
+    from tfkd_ray.store.storage import kept_up_to_date
+
+    written = {"--out": args.out, "--figures": args.figures}
+    if given := [option for option, value in written.items() if value is not None]:
+        problems = [
+            f"{option}: a followed report is served and not written; leave one of them out"
+            for option in given
+        ]
+        raise ConfigError(problems, "--follow")
+    port = REPORT_PORT if args.port is None else args.port
+    _check_port(port)
+    places = [args.experiment, *args.others, *(args.confirm or [])]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        followed = followed_report(args.experiment, comparisons=args.confirm, others=args.others)
+        with kept_up_to_date(places), server_of(followed, port) as server:
+            port = server.server_address[1]
+            say_error(
+                f"report: http://{HERE_ALONE}:{port}/ (Ctrl-C ends it)\n"
+                "from another machine, which reaches this one by the name HOST:\n"
+                f"  ssh -N -L {port}:{HERE_ALONE}:{port} HOST\n"
+                f"and open the same address there"
+            )
+            server.serve_forever()
     return OK
 
 

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from tfkd_ray.cli.terminal import say_error, shell_word
-from tfkd_ray.settings.columns import in_columns, wrapped
+from tfkd_ray.settings.columns import USUAL_WIDTH, in_columns, wrapped
 from tfkd_ray.settings.errors import OK, ConfigError, near_to
 
 
@@ -28,10 +28,6 @@ def spaces_verb(args: Namespace) -> int:
         "all data but digits are read from data.root (`tfkd check NAME` shows it)"
     )
     return OK
-
-
-USUAL_WIDTH = 120
-"""Columns of a table if nothing says how wide the terminal is."""
 
 
 def init_verb(args: Namespace) -> int:

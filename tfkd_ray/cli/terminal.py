@@ -49,14 +49,21 @@ def leave() -> NoReturn:
         sys.modules.get("tfkd_ray.run.connect"), "end_children", None
     ):  # do not import in the middle of another import
         end()
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h")  # a live view hides the cursor
     os._exit(INTERRUPTED)
 
 
 def say_error(text: str) -> None:
     from tfkd_ray.settings.files import legible
 
+    shown = legible(_as_given(text))
+    if sys.stderr.isatty():
+        from tfkd_ray.settings.columns import folded, terminal_width
+
+        shown = folded(shown, terminal_width(sys.stderr) or len(shown))
     try:
-        print(legible(_as_given(text)), file=sys.stderr, flush=True)
+        print(shown, file=sys.stderr, flush=True)
     except OSError:  # nobody can read it, as on a full disk: the exit code still tells
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

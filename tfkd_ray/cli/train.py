@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.cli.fit import head_needed, join_ray, teacher_line
+from tfkd_ray.cli.fit import head_needed, join_ray, teacher_line, waiting
 from tfkd_ray.cli.terminal import have_data, load_file, same_run, say_error, short_path
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, did_you_mean
 
@@ -71,8 +71,9 @@ def teacher_train_verb(args: Namespace) -> int:
     try:
         for run in runs:
             prepare(run, storage)
-        with head_needed():
-            train_teachers(runs, storage, teacher_line)
+        with head_needed(), waiting() as wait:
+            show = wait.on_teacher_epoch
+            train_teachers(runs, storage, teacher_line, on_epoch=show)
     except TeacherFailed as error:
         say_error(f"tfkd: {error}")
         return FAILED

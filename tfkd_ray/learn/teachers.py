@@ -7,6 +7,8 @@ validation.
 
 import contextlib
 import json
+import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -23,13 +25,15 @@ from tfkd_ray.learn.soft_labels import Bank, Elsewhere
 from tfkd_ray.learn.teacher_input import input_of, input_shape, show, untrained
 from tfkd_ray.learn.weights import load_outside
 from tfkd_ray.settings.errors import ConfigError, Say, check_kind, some_of, to_stderr
-from tfkd_ray.settings.files import expanded, sha256_of, write_whole
+from tfkd_ray.settings.files import expanded, json_tree, sha256_of, write_text, write_whole
 from tfkd_ray.settings.yaml import Numbers, Tree
-from tfkd_ray.store.experiment import read_teacher, read_teachers
+from tfkd_ray.store.experiment import as_metrics, read_teacher, read_teachers, read_text
 from tfkd_ray.store.storage import Storage, everything, light
 
 MOST_SHOWN = 6
 """Most exchanged classes that are named."""
+PROGRESS = "progress.json"
+"""File in a teacher's folder, while it trains, with the metrics of its last epoch."""
 
 
 def teacher_name(config: TeacherRun) -> str:
@@ -93,6 +97,7 @@ def train_teacher(
             write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
             for state in folder.glob("*.ckpt*"):
                 state.unlink()
+            (folder / PROGRESS).unlink(missing_ok=True)
     check_source(config, storage)
     return describe(config, storage)
 
@@ -267,7 +272,31 @@ def fetch_teacher(config: TeacherRun, storage: Storage, *, weights: bool = True)
 def upload(config: TeacherRun, storage: Storage) -> None:
     """Upload a trained teacher to a bucket."""
     folder = teacher_folder(config, storage.folder)
-    storage.send(folder / WEIGHTS, folder / "teacher.json", folder / LAST, patiently=True)
+    sent = (folder / WEIGHTS, folder / "teacher.json", folder / LAST, folder / PROGRESS)
+    storage.send(*sent, patiently=True)
+
+
+def progress_teller(config: TeacherRun, storage: Storage) -> Callable[[Numbers], None]:
+    """Return the function that tells each epoch of a teacher to `progress_of`, on any node."""
+    path, told = teacher_folder(config, storage.folder) / PROGRESS, -math.inf
+
+    def tell(metrics: Numbers) -> None:
+        nonlocal told
+        write_text(path, json.dumps(json_tree(metrics)))
+        if time.monotonic() - told >= storage.look_s:
+            told = time.monotonic()
+            with contextlib.suppress(OSError):  # the next epoch follows
+                storage.send(path)
+
+    return tell
+
+
+def progress_of(config: TeacherRun, storage: Storage) -> Numbers:
+    """Return the metrics of a training teacher's last epoch; empty if none is known."""
+    path = teacher_folder(config, storage.folder) / PROGRESS
+    with contextlib.suppress(ConfigError, OSError, ValueError):
+        return as_metrics(read_text(storage.bring(path)))
+    return {}
 
 
 def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:

@@ -31,7 +31,14 @@ from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.several import combined
 from tfkd_ray.run.callbacks import Lock, Losses, in_order
 from tfkd_ray.run.stops import Stops
-from tfkd_ray.run.tune import OnTeacher, SharingFifo, assemble, prepare, train_teachers
+from tfkd_ray.run.tune import (
+    OnTeacher,
+    OnTeacherEpoch,
+    SharingFifo,
+    assemble,
+    prepare,
+    train_teachers,
+)
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.settings.errors import ConfigError, Say, Sentences
@@ -107,6 +114,7 @@ def comparison_tuner(
     *,
     callbacks: Sequence[tune.Callback] = (),
     on_teacher: OnTeacher | None = None,
+    on_teacher_epoch: OnTeacherEpoch | None = None,
     on_note: Say | None = None,
     seeds: int | None = None,
 ) -> tune.Tuner:
@@ -143,7 +151,7 @@ def comparison_tuner(
 
     needed = {made.fingerprint(): made for run in runs for made in run.config.teacher_runs()}
     try:
-        train_teachers(needed.values(), storage, on_teacher, lost, on_note)
+        train_teachers(needed.values(), storage, on_teacher, lost, on_note, on_teacher_epoch)
     except BaseException:
         lock.release()
         raise

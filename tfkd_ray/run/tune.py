@@ -70,7 +70,7 @@ from tfkd_ray.settings.errors import ConfigError, Say, Sentences, readable, some
 from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml
+from tfkd_ray.settings.yaml import Numbers, Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.fitted import batch_notes
 from tfkd_ray.space.relate import not_comparable, not_superset
@@ -97,6 +97,8 @@ LOOK_S = 5
 """Interval of counting nodes, which may come and go."""
 OnTeacher = Callable[[TeacherRun, Tree | None], None]
 """Called with a teacher's run before it is trained (with None) and after (with teacher.json)."""
+OnTeacherEpoch = Callable[[TeacherRun, Numbers], None]
+"""Called every other second while a teacher trains, with the metrics of its last epoch."""
 STORAGE = Path("tfkd_results")
 """Default directory of experiments and teachers, below the current directory."""
 
@@ -110,6 +112,7 @@ def build_tuner(
     tune_config: tune.TuneConfig | None = None,
     run_config: tune.RunConfig | None = None,
     on_teacher: OnTeacher | None = None,
+    on_teacher_epoch: OnTeacherEpoch | None = None,
     priors: Sequence[Path | str] = (),
     on_budget: Say | None = None,
     on_note: Say | None = None,
@@ -134,6 +137,8 @@ def build_tuner(
             system, `fail_fast`) raise.
         on_teacher: called with a teacher's run before it is trained (with None) and after (with the
             content of teacher.json).
+        on_teacher_epoch: called every other second while a teacher trains, with its run and the
+            metrics of its last epoch; they are empty before the first.
         priors: directories of earlier experiments whose finished trials the sampler uses.
         on_budget: called with a sentence if a budget of the space's `search` ends the sweep.
         on_note: called with a sentence if object storage does not answer, and when it does again.
@@ -170,7 +175,9 @@ def build_tuner(
         _check_free(url, str(space.search.study), begun=is_begun(experiment))
     space = without_password(space)
     prepare(space.example, storage, space.try_own_code())
-    train_teachers(space.teacher_runs(), storage, on_teacher, on_note=on_note)
+    train_teachers(
+        space.teacher_runs(), storage, on_teacher, on_note=on_note, on_epoch=on_teacher_epoch
+    )
     experiment.mkdir(parents=True, exist_ok=True)
     lock = Lock(storage, name)
     (experiment / "study.journal").unlink(
@@ -200,6 +207,7 @@ def resume_tuner(
     add_trials: int = 0,
     callbacks: Sequence[tune.Callback] = (),
     on_teacher: OnTeacher | None = None,
+    on_teacher_epoch: OnTeacherEpoch | None = None,
     retry_failed: bool = False,
     time_budget_s: float | None = None,
     gpu_hours: float | None = None,
@@ -300,7 +308,9 @@ def resume_tuner(
             about["space"] = new.tree
             write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
         _end_outside(searcher, experiment)
-        train_teachers(new.teacher_runs(), storage, on_teacher, on_note=on_note)
+        train_teachers(
+            new.teacher_runs(), storage, on_teacher, on_note=on_note, on_epoch=on_teacher_epoch
+        )
         ray_configs = tune.TuneConfig(), tune.RunConfig()
         end_stopped(found, searcher)
         stops = Stops(found, on_note)
@@ -502,6 +512,7 @@ def train_teachers(
     on_teacher: OnTeacher | None = None,
     on_failure: Callable[[TeacherRun, str], None] | None = None,
     on_note: Say | None = None,
+    on_epoch: OnTeacherEpoch | None = None,
 ) -> None:
     """Train the missing teachers in parallel Ray tasks, each with one worker's resources.
 
@@ -511,6 +522,7 @@ def train_teachers(
     `on_note` (default: standard error) gets a sentence if data have changed since a teacher was
     trained, or if a teacher is no better than guessing.
     """
+    on_epoch = on_epoch or (lambda run, metrics: None)
     on_teacher = on_teacher or (lambda run, about: None)
     note = on_note or to_stderr
     runs, folder = list(runs), storage.folder
@@ -537,6 +549,8 @@ def train_teachers(
         tasks.append(task.remote(run, storage, own_code.here()))
     for run, task in zip(missing, tasks, strict=True):
         try:
+            while not ray.wait([task], timeout=storage.look_s)[0]:
+                on_epoch(run, teachers.progress_of(run, storage))
             about = ray.get(task)
             teachers.fetch_teacher(run, storage, weights=False)
             on_teacher(run, about)
@@ -560,7 +574,8 @@ def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> Tr
     check_data_here(run)
     teachers.fetch_teacher(run, storage)
     on_saved = storage.on_saved(teachers.teacher_folder(run, storage.folder))
-    about = teachers.train_teacher(run, storage.folder, on_saved=on_saved)
+    tell = teachers.progress_teller(run, storage)
+    about = teachers.train_teacher(run, storage.folder, on_epoch=tell, on_saved=on_saved)
     teachers.upload(run, storage)
     return about
 

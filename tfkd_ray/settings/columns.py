@@ -1,8 +1,10 @@
 """Text for a terminal: on one line, cut to its columns, and tables. Characters may be two columns wide."""
 
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
@@ -38,6 +40,36 @@ def wrapped(text: str, width: int = 80, *, first: str = "", rest: str = "  ") ->
         break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
     return [line.replace(_NO_BREAK, " ") for line in lines]
+
+
+def folded(text: str, width: int) -> str:
+    """Break the lines of a text that are longer than a terminal's at spaces, and indent what follows.
+
+    Commands stay whole: a terminal breaks them so that they can be copied as one.
+    """
+    return "\n".join(_folded_line(line, width) for line in text.split("\n"))
+
+
+def _folded_line(line: str, width: int) -> str:
+    words = line.lstrip(" ")
+    if cell_len(line) <= width or words.startswith(("tfkd ", "ssh ", "pip ")):
+        return line
+    indent = " " * min(len(line) - len(words), width // 2)
+    return "\n".join(wrapped(words, width, first=indent, rest=f"{indent}  "))
+
+
+def terminal_width(stream: Any) -> int | None:
+    """Return the columns of a stream that is a terminal; None of another stream."""
+    try:
+        if not stream.isatty():
+            return None
+    except (AttributeError, ValueError):  # no stream of text, or closed
+        return None
+    return shutil.get_terminal_size((USUAL_WIDTH, 24)).columns
+
+
+USUAL_WIDTH = 120
+"""Columns of a terminal that does not tell how wide it is."""
 
 
 def in_columns(rows: Iterable[str], width: int | None = None) -> list[str]:

@@ -271,14 +271,19 @@ def _legible(c: str) -> str:
 
 
 class Legible:
-    """Stream that escapes its text by `legible`, such as every verb's standard output."""
+    """Stream that escapes its text by `legible`, such as every verb's standard output.
 
-    def __init__(self, stream: Any) -> None:
+    Args:
+        shaped: changes the escaped text, such as the length of its lines.
+    """
+
+    def __init__(self, stream: Any, shaped: Callable[[str], str] | None = None) -> None:
         self.stream = stream
+        self._shaped = shaped or (lambda text: text)
 
     def write(self, text: str) -> int:
         """Write escaped text; see `legible`."""
-        self.stream.write(legible(text))
+        self.stream.write(self._shaped(legible(text)))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

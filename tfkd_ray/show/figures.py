@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tfkd_ray.settings.errors import some_of
+from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.page import Axis, Figure, Panel, Series, escaped
 from tfkd_ray.show.page_script import DARK, PALE_LINE
 from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, value_at_rung
@@ -29,20 +30,6 @@ MAX_FOREST = 150
 """Most trials from which importance is computed."""
 FEWEST = 5
 """Fewest trials of an objective, at one epoch, over which anything is interpolated or modelled."""
-OBJECTIVE_COLOURS = {
-    "ce": "#7F7F7F",
-    "lsr": "#E69F00",
-    "tfkd_reg": "#0072B2",
-    "tfkd_self": "#009E73",
-    "kd": "#D55E00",
-    "tfkd_reg_code": "#6A4FB3",
-    "dkd": "#CC79A7",
-    "dist": "#56B4E9",
-    "kd_standardised": "#8A6D3B",
-}
-"""Colour of each objective, the same in all figures and reports."""
-OWN_COLOURS = ("#44AA99", "#882255", "#999933", "#DDCC77")
-"""Colours of the user's own objectives, in their order."""
 FADED = (1.0, 0.65, 0.45, 0.3, 0.2)
 """Opacity of trials of full length from the first ranks to the last."""
 SHOWN_BELOW = ("stopped", "paused", "running", "interrupted")
@@ -156,14 +143,6 @@ class Sweep:
         lines = [f"{record.name}: {at}"]
         lines += [f"{name}: {number_text(v)}" for name, v in record.parameters.items()]
         return "<br>".join(map(escaped, lines))
-
-
-def objective_colour(objective: str, objectives: Sequence[str]) -> str:
-    """Return the colour of an objective; of the user's own ones, by their order among all."""
-    if objective in OBJECTIVE_COLOURS:
-        return OBJECTIVE_COLOURS[objective]
-    own = [name for name in objectives if name not in OBJECTIVE_COLOURS]
-    return OWN_COLOURS[own.index(objective) % len(OWN_COLOURS)]
 
 
 def read_sweep(experiment: Path, plan: ExperimentPlan) -> Sweep:

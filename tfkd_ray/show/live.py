@@ -2,11 +2,13 @@
 per event in a pipe.
 
 The plan is read from the experiment. The view goes to standard error; `tfkd tune` prints its
-results to standard output at the end. To show more, add a line to `Progress.lines`.
+results to standard output at the end. The last screen stays. To show more, add a line to
+`Progress.screen`. Colours are those of the report; nothing is said by colour alone.
 """
 
 import html
 import math
+import statistics
 import sys
 import textwrap
 import time
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
@@ -26,14 +28,11 @@ from tfkd_ray.settings.columns import fitted, in_columns, on_one_line
 from tfkd_ray.settings.files import legible
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Numbers, Tree, Values, in_yaml
+from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.listener import OwnCallback
-from tfkd_ray.show.status import (
-    ExperimentPlan,
-    duration,
-    epochs_left,
-    read_plan,
-    spent,
-)
+from tfkd_ray.show.pace import Begun, Pace, epochs_left
+from tfkd_ray.show.status import ExperimentPlan, duration, read_plan, spent
+from tfkd_ray.show.waiting import FRAMES, Waiting
 from tfkd_ray.space.search_config import Pausing, SearchConfig
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import FULL_LENGTH, STOPPED_BY, read_record, read_records
@@ -49,6 +48,9 @@ SPEED_EPOCHS = 200
 """Number of epochs, the latest of all trials together, over which speed is measured."""
 NOTEBOOK = (110, 30)
 """Columns and lines in a notebook."""
+WITH_SETTINGS = 100
+"""Columns from which on the settings of running trials are shown."""
+SPARKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass
@@ -66,6 +68,12 @@ class _Run:
     images_per_s: float = 0.0
     last: Values = field(default_factory=dict)
     """Metrics of its last epoch."""
+    objective: str = ""
+
+    @property
+    def begun(self) -> Begun:
+        """What the estimate of the time left needs."""
+        return Begun(self.row, self.epoch, self.epochs, self.status)
 
 
 def _latest(rows: list[str], runs: Sequence[_Run], most: int) -> list[str]:
@@ -78,6 +86,23 @@ def _latest(rows: list[str], runs: Sequence[_Run], most: int) -> list[str]:
             last[run.row] = len(runs) + number
     first = sorted(rows, key=lambda row: -last.get(row, -1))[: max(1, most - 2)]
     return [row for row in rows if row in first]
+
+
+def bar(share: float, width: int, *, ascii_only: bool = False) -> tuple[str, str]:
+    """Return the full and the empty part of a bar of so many columns."""
+    full, empty = ("#", "-") if ascii_only else ("━", "─")
+    n = round(width * min(1.0, max(0.0, share)))
+    return full * n, empty * (width - n)
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Return values as bars of one column each; of more than fit, the last of each group."""
+    each = math.ceil(len(values) / max(1, width))
+    shown = list(values[::-1][::each][::-1])
+    low, high = min(shown), max(shown)
+    if high == low:
+        return SPARKS[3] * len(shown)
+    return "".join(SPARKS[round((v - low) / (high - low) * (len(SPARKS) - 1))] for v in shown)
 
 
 class Progress(OwnCallback):
@@ -100,11 +125,16 @@ class Progress(OwnCallback):
         self._experiment = Path(experiment)
         self._console = console or Console(file=sys.stderr)
         self._live: Live | None = None
+        self._wait = Waiting(self._console)
         self._cell: Any = None
         self._runs: dict[str, _Run] = {}
         self._failures: list[str] = []
         self._notes: list[str] = []
         self._epochs: deque[float] = deque(maxlen=SPEED_EPOCHS)
+        self._pace = Pace()
+        self._winner: _Run | None = None
+        self._bests: list[float] = []
+        """The best value after each trial that ended, once one has full length."""
         self._drawn = 0.0
         self._looked = -math.inf
         self._waiting = ""
@@ -114,6 +144,10 @@ class Progress(OwnCallback):
         """Asks an autoscaler which nodes it is starting; a sweep on a cluster sets it."""
 
     # --- events
+
+    def on_teacher_epoch(self, run: Any, metrics: Numbers) -> None:
+        """Show how far a teacher is, which is trained before the sweep begins."""
+        self._wait.on_teacher_epoch(run, metrics)
 
     @property
     def stopped_by(self) -> str | None:
@@ -127,8 +161,10 @@ class Progress(OwnCallback):
 
     def on_begin(self) -> None:
         self.begun = True
+        self._wait.stop()
         self._plan: ExperimentPlan = read_plan(self._experiment)
         self._metric = self._plan.metric or "train_loss"
+        self._compared = _compared_metric(self._plan)
         search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
         self._search = validated(
             SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)}
@@ -143,12 +179,13 @@ class Progress(OwnCallback):
                     record.status,
                     _number_cell(last, self._metric),
                 )
-                run.last = last
+                run.last, run.objective = last, record.objective
                 self._runs[record.name] = run
+                self._note_best(run)
         if self._console.is_jupyter:
             self._cell = _Cell()
-        elif self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        elif self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
         self._draw(force=True)
 
@@ -173,22 +210,28 @@ class Progress(OwnCallback):
         assignment = assigned(trial)
         before = self._runs.pop(assignment.name, None)  # moves a restarted trial to the end
         again = "started" if before is None else _AGAIN.get(before.status, "started")
-        row = assignment.arm or str(own_code.shown_name(trial.config["objective"]))
+        objective = str(own_code.shown_name(trial.config["objective"]))
+        row = assignment.arm or objective
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
         run.epoch, run.value = int(last.get("epoch", 0)), _number_cell(last, self._metric)
-        run.last = last
+        run.last, run.objective = last, objective
         self._runs[run.name] = run
-        if not self._epochs:
-            self._epochs.append(time.monotonic())
+        self._pace.started(run.name, row, time.monotonic())
         self._say(f"{run.name}: {again}")
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         run = self._run_of(trial)
         if run is not None:
             run.epoch, run.value = epoch, _number_cell(metrics, self._metric)
-            run.last = {name: metrics[name] for name in self._plan.limits if name in metrics}
+            kept = [*self._plan.limits, self._compared]
+            run.last = {name: metrics[name] for name in kept if name in metrics}
             run.images_per_s = _number_cell(metrics, "images_per_s")
-            self._epochs.append(time.monotonic())
+            seconds = _number_cell(metrics, "seconds")
+            now = time.monotonic()
+            if not self._epochs:  # the time before the first epoch is that of its process
+                self._epochs.append(now - (0.0 if math.isnan(seconds) else seconds))
+            self._epochs.append(now)
+            self._pace.epoch(run.name, 0.0 if math.isnan(seconds) else seconds, now)
 
     def on_result(self, trial: Any, result: Tree) -> None:
         run = self._run_of(trial)
@@ -199,6 +242,7 @@ class Progress(OwnCallback):
         run = self._run_of(trial)
         if run is not None:
             run.status = "paused"
+            self._pace.ended(run.name)
             self._say(f"{run.name}: paused at epoch {run.epoch}, {self._metric} {run.value:.4f}")
 
     def on_end(self, trial: Any) -> None:
@@ -209,6 +253,7 @@ class Progress(OwnCallback):
 
     def on_lost(self, trial: Any) -> None:
         name = assigned(trial).name
+        self._pace.ended(name)
         self._say(f"{name}: its process was lost; it resumes from its last checkpoint")
 
     def on_close(self, trials: Sequence[Any]) -> None:
@@ -219,7 +264,8 @@ class Progress(OwnCallback):
         return self._runs.get(assigned(trial).name)
 
     def stop(self) -> None:
-        """Leave the terminal as it was; in a notebook, leave the last state."""
+        """Stop drawing; the last state stays."""
+        self._wait.stop()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -230,13 +276,15 @@ class Progress(OwnCallback):
         if self._cell is not None:
             self._notes.append(text)
         else:
-            self._console.print(legible(text), highlight=False, markup=False, soft_wrap=True)
+            whole = not self._console.is_terminal  # a pipe gets each event on one line
+            self._console.print(legible(text), highlight=False, markup=False, soft_wrap=whole)
 
     def _end(self, trial: Any, failed: str | None) -> None:
         run = self._run_of(trial)
         if run is None or run.status not in ("running", "paused"):
             return
         value = f"{self._metric} {run.value:.4f}"
+        self._pace.ended(run.name)
         if failed:
             run.status, reason = "failed", failed.splitlines()[0]
             self._failures.append(f"{run.name}: {reason}")
@@ -253,6 +301,16 @@ class Progress(OwnCallback):
         else:
             run.status = "done"
             self._say(f"{run.name}: done, {value}")
+        self._note_best(run)
+
+    def _note_best(self, ended: _Run) -> None:
+        """Note the best value after the end of a trial."""
+        if self._plan.metric is None:
+            return
+        before = [] if self._winner is None else [self._winner]
+        self._winner = self._best_of([*before, ended])
+        if self._winner is not None:
+            self._bests.append(self._winner.value)
 
     def _say(self, text: str) -> None:
         if self._live is None and self._cell is None:
@@ -268,41 +326,103 @@ class Progress(OwnCallback):
             return
         self._drawn = now
         if self._live is not None:
-            self._live.update(self._styled(self.lines(*self._console.size)), refresh=True)
+            self._live.update(Group(*self.screen(*self._console.size)), refresh=True)
         else:
             self._cell.show(self.lines(*NOTEBOOK))
 
-    def _styled(self, lines: Sequence[str]) -> Group:
-        def style(line: str) -> str:
-            return "red" if line.startswith("failed:") else ""
-
-        first, *rest = lines
-        return Group(
-            Text(first, style="bold", no_wrap=True),
-            *(Text(t, style=style(t), no_wrap=True) for t in rest),
-        )
-
     def lines(self, width: int, height: int) -> list[str]:
-        """The current state, as lines that leave at least one of the screen's free."""
+        """Return the current state as text; see `screen`."""
+        return [line.plain for line in self.screen(width, height)]
+
+    def screen(self, width: int, height: int) -> list[Text]:
+        """Return the current state as lines that leave at least one of the screen's free."""
         runs = list(self._runs.values())
         count = Counter(run.status for run in runs)
-        over = count["done"] + count["stopped"] + count["failed"]
         used = spent(self._experiment, count["running"], since=self._start)
+        left = self._epochs_left(runs)
+        lines = [self._title(runs, count, used, width), *self._progress(runs, used, left, width)]
+        parts = [*self._speed(runs), *self._budgets(used, count["failed"])]
+        lines += map(Text, self._joined(parts, width))
+        below = [*self._best_so_far(width), *map(Text, self._best_lines(runs, width))]
+        below += map(Text, self._rungs(runs, width))
+        below += [] if self._plan.metric else [Text(_NO_VERDICT[self._compared], "dim")]
+        below += [Text(text) for text in self._waits(runs)]
+        below += [Text(f"failed: {text}", "red") for text in self._failures[-3:]]
+        below += map(Text, self._notes[-2:])
+        room = max(3, height - len(lines) - len(below) - 4)
+        going = sum(run.status == "running" for run in runs)
+        rows = self._rows(runs, width, most=max(3, room - min(going, max(2, room // 3)) - 1))
+        trials = self._running(runs, width, most=max(1, room - len(rows) - 1))
+        lines += [Text(""), *rows, *([Text("")] if trials else []), *trials]
+        lines += [Text(""), *below] if below else []
+        shown = lines[: max(1, height - 1)]
+        for line in shown:
+            line.no_wrap = True
+            line.rstrip()
+            line.truncate(width, overflow="ellipsis")
+        return shown
+
+    def _title(self, runs: Sequence[_Run], count: Counter[str], used: Numbers, width: int) -> Text:
+        over = count["done"] + count["stopped"] + count["failed"]
         planned = "" if self._plan.trials is None else f" of {self._plan.trials:,}"
         paused = f"{count['paused']:,} paused, " if count["paused"] else ""
         title = f"{over:,}{planned} trials, {count['running']} running, {paused}"
-        title += duration(used["seconds"])
-        title += self._left(runs, used)
-        lines = [
-            f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"
-        ]
-        lines += self._joined([*self._speed(runs), *self._budgets(used, count["failed"])], width)
-        below = [*self._best_lines(runs, width), *self._rungs(runs, width)]
-        below += [f"waiting for nodes: {self._waiting}"] if self._waiting else []
-        below += [f"failed: {text}" for text in self._failures[-3:]] + self._notes[-2:]
-        rows = self._rows(runs, width, most=max(3, height - len(lines) - len(below) - 4))
-        lines += ["", *rows, "", *below]
-        return [fitted(line.rstrip(), width) for line in lines[: max(1, height - 1)]]
+        title += duration(used["seconds"]) + self._left(runs, used)
+        name = fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))
+        return Text(f"{name}: {title}", "bold")
+
+    def _epochs_left(self, runs: Sequence[_Run]) -> float:
+        """Return the epochs that are expected still; inf if a budget alone ends the sweep."""
+        if self._plan.trials is None:
+            return math.inf
+        begun = [run.begun for run in runs]
+        return epochs_left(begun, self._plan.not_begun(b.row for b in begun), self._plan.rule)
+
+    def _progress(
+        self, runs: Sequence[_Run], used: Numbers, left: float, width: int
+    ) -> Iterator[Text]:
+        """Yield a bar: the share of the expected epochs that is done, or of the time budget."""
+        done = sum(run.epoch for run in runs)
+        if left < math.inf:
+            share = done / (done + left) if done + left else 1.0
+        elif self._search.time_budget_s:
+            share = used["seconds"] / self._search.time_budget_s
+        else:
+            return
+        text = f" {min(1.0, share) * 100:3.0f} %"
+        yield self._bar(share, max(4, min(width, WITH_SETTINGS) - len(text)), "").append(text)
+
+    def _bar(self, share: float, width: int, style: str) -> Text:
+        ascii_only = self._console.options.ascii_only
+        full, empty = bar(share, width, ascii_only=ascii_only)
+        return Text.assemble((full, style), (empty, "dim"))
+
+    def _best_so_far(self, width: int) -> Iterator[Text]:
+        """Yield the best value after each ended trial as a sparkline, from the first to the last."""
+        if len(self._bests) < 2:
+            return
+        first, last = f"{self._bests[0]:.4f}", f"{self._bests[-1]:.4f}"
+        ends = f" {last}" if first == last else f" {first} to {last}"
+        line = ""
+        if not self._console.options.ascii_only:
+            line = " " + sparkline(self._bests, max(4, min(width - len(ends) - 13, 60)))
+        yield Text(f"best so far{line}{ends}")
+
+    def _waits(self, runs: Sequence[_Run]) -> Iterator[str]:
+        """Yield what is waited for while no trial trains."""
+        if self._waiting:
+            yield f"waiting for nodes: {self._waiting}"
+        elif not self._epochs and (self._live is not None or self._cell is not None):
+            frame = FRAMES[int(time.monotonic() / REFRESH_S) % len(FRAMES)]
+            turning = "..." if self._console.options.ascii_only else frame
+            yield f"{turning} processes start, and load torch and the data: no epoch has ended yet"
+
+    def _colour(self, row: str, runs: Sequence[_Run]) -> str:
+        """Return the colour of a row: that of its objective."""
+        if self._plan.kind == "sweep":
+            return objective_colour(row, list(self._plan.rows))
+        objectives = list(dict.fromkeys(run.objective for run in self._runs.values()))
+        return objective_colour(runs[0].objective, objectives) if runs else ""
 
     def _joined(self, parts: Sequence[str], width: int) -> list[str]:
         """Join parts by commas, on as few lines as they need."""
@@ -335,11 +455,11 @@ class Progress(OwnCallback):
 
     def _left(self, runs: Sequence[_Run], used: Numbers) -> str:
         """Return the remaining time at this speed; empty while the speed is unknown."""
-        rate = self._rate()
-        if not rate:
+        begun = {run.name: run.begun for run in runs}
+        new = self._plan.not_begun(b.row for b in begun.values())
+        left = self._pace.seconds_left(begun, new, self._plan.rule, time.monotonic())
+        if left is None:
             return ""
-        new = self._plan.not_begun(Counter(run.row for run in runs))
-        left = epochs_left([(run.epoch, run.epochs, run.status) for run in runs], new) / rate
         if self._plan.trials is None:
             left = math.inf
         budget = (self._search.time_budget_s or math.inf) - used["seconds"]
@@ -371,18 +491,15 @@ class Progress(OwnCallback):
         winner = self._best_of(runs) if self._plan.metric else None
         if winner is None:
             return []
-        short = {name.rpartition(".")[2]: value for name, value in winner.parameters.items()}
-        values = ", ".join(
-            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {in_yaml(v)}"
-            for k, v in short.items()
-        )
+        values = _settings_of(winner)
         limited = met_text(self._plan.limits, winner.last)
         text = f"best: {winner.name}, {self._metric} {winner.value:.4f}"
         text += f", {limited}" if limited else ""
         text += f": {values}" if values else ""
         return textwrap.wrap(
-            text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ..."
-        )
+            text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ...",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
 
     def _rungs(self, runs: Sequence[_Run], width: int) -> list[str]:
         """Count the trials that reached each rung, and those stopped there.
@@ -408,7 +525,7 @@ class Progress(OwnCallback):
         )
         return in_columns(map("\t".join, table))
 
-    def _rows(self, runs: Sequence[_Run], width: int, *, most: int) -> list[str]:
+    def _rows(self, runs: Sequence[_Run], width: int, *, most: int) -> list[Text]:
         """Return a line for each objective or arm.
 
         Of many, those that run or ran last, and a line that counts the rest.
@@ -417,48 +534,83 @@ class Progress(OwnCallback):
         for run in runs:
             by_row.setdefault(run.row, []).append(run)
         shown = _latest(list(by_row), runs, most)
+        table = (
+            self._table_of_arms(by_row, shown)
+            if self._plan.metric is None
+            else self._table_of_objectives(by_row, shown)
+        )
+        dot = "*" if self._console.options.ascii_only else "●"
+        head, *lines = in_columns(table, width - 2)
+        found = [Text(f"  {head}", "dim")]
+        for row, line in zip(shown, lines, strict=True):
+            found.append(Text.assemble((dot, self._colour(row, by_row[row])), " ", line))
+        if hidden := [row for row in by_row if row not in shown]:
+            begun = sum(bool(by_row[row]) for row in hidden)
+            found.append(Text(f"and {len(hidden)} more, of which {begun} have begun"))
+        return found
+
+    def _table_of_objectives(
+        self, by_row: dict[str, list[_Run]], shown: Sequence[str]
+    ) -> Iterator[str]:
         ce = self._best_of(by_row.get("ce", []))
-        versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1
-        head = fitted(f"best {self._metric}", 17) if self._plan.metric else f"least {self._metric}"
-        table = [f"\tfull\tstopped\tfailed\t{head}" + "\tvs ce" * versus]
+        versus = "ce" in by_row and len(by_row) > 1
+        head = fitted(f"best {self._metric}", 17)
+        yield f"\tfull\tstopped\tfailed\trunning\t{head}" + "\tvs ce" * versus
         for row in shown:
             count, best = Counter(run.status for run in by_row[row]), self._best_of(by_row[row])
             value = f"{best.value:.4f}" if best else ""
             lead = f"{best.value - ce.value:+.4f}" if best and ce and best is not ce else ""
-            text = f"{count['done']}\t{count['stopped']}\t{count['failed']}\t{value}"
-            table.append(f"{on_one_line(row)}\t{text}" + f"\t{lead}" * versus)
-        head, *lines = in_columns(table, width - 20 if width < 120 else width - 50)
-        lines = [f"{head}  running", *lines]
-        for place, row in enumerate(shown, start=1):
-            running = self._running(by_row[row], width - cell_len(head) - 2)
-            lines[place] = f"{set_cell_size(lines[place], cell_len(head))}  {running}"
-        if hidden := [row for row in by_row if row not in shown]:
-            begun = sum(bool(by_row[row]) for row in hidden)
-            lines.append(f"and {len(hidden)} more, of which {begun} have begun")
-        return lines
+            counts = [str(count[s]) for s in ("done", "stopped", "failed", "running")]
+            yield "\t".join([on_one_line(row), *counts, value]) + f"\t{lead}" * versus
 
-    def _running(self, runs: Sequence[_Run], width: int) -> str:
-        """Return the running trials of a row, as many as fit."""
-        texts = []
-        for run in (run for run in runs if run.status == "running"):
-            name = (
-                run.name.split("-")[0]
-                if self._plan.kind == "sweep"
-                else run.name.removeprefix(f"{run.row}-")
-            )
-            value = f" {run.value:.4f}" if width >= 60 and math.isfinite(run.value) else ""
-            texts.append(f"{name} {run.epoch}/{run.epochs}{value}")
-        for shown in range(len(texts), 0, -1):
-            more = f" +{len(texts) - shown}" if shown < len(texts) else ""
-            text = ", ".join(texts[:shown]) + more
-            if len(text) <= width or shown == 1:
-                return text
-        return ""
+    def _table_of_arms(self, by_row: dict[str, list[_Run]], shown: Sequence[str]) -> Iterator[str]:
+        """Yield what arms can be compared by before the test split is opened: means over seeds."""
+        yield f"\tdone\tfailed\trunning\tmean {self._compared}\tsd"
+        for row in shown:
+            count = Counter(run.status for run in by_row[row])
+            ended = [run for run in by_row[row] if run.status == "done"]
+            values = [_number_cell(run.last, self._compared) for run in ended]
+            values = [value for value in values if math.isfinite(value)]
+            mean = f"{statistics.fmean(values):.4f}" if values else ""
+            sd = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            counts = [str(count[s]) for s in ("done", "failed", "running")]
+            yield "\t".join([on_one_line(row), *counts, mean, sd])
+
+    def _running(self, runs: Sequence[_Run], width: int, *, most: int) -> list[Text]:
+        """Return a line for each running trial: how far it is, its value, and its settings."""
+        going = [run for run in runs if run.status == "running"]
+        shown = going if len(going) <= most else going[: max(1, most - 1)]
+        if not shown:
+            return []
+        longest = max(cell_len(on_one_line(run.name)) for run in shown)
+        names = min(longest, max(8, width - 45))
+        rows = []
+        for run in shown:
+            known = run.value if self._plan.metric else _number_cell(run.last, self._compared)
+            value = f"{known:.4f}" if math.isfinite(known) else ""
+            rows.append(f"{fitted(run.name, names)}\t{run.epoch}/{run.epochs}\t{value}")
+        lines = in_columns(["\t\t", *rows])[1:]
+        size = max(map(cell_len, lines))
+        length = max(4, min(30, (width - size - 2) // (2 if width >= WITH_SETTINGS else 1)))
+        found = []
+        for run, line in zip(shown, lines, strict=True):
+            colour = self._colour(run.row, [run])
+            done = self._bar(run.epoch / max(1, run.epochs), length, colour)
+            settings = ""
+            if width >= WITH_SETTINGS:
+                room = width - length - size - 3
+                texts = textwrap.wrap(_settings_of(run), room, max_lines=1, placeholder=" ...")
+                settings = "".join(texts)
+            found.append(Text.assemble(done, " ", line.ljust(size), "  ", (settings, "dim")))
+        if len(shown) < len(going):
+            found.append(Text(f"and {len(going) - len(shown)} more that run"))
+        return found
 
     def __getstate__(self) -> Tree:
         return {
             **super().__getstate__(),
             "_live": None,
+            "_wait": None,
             "_cell": None,
             "_console": None,
             "stops": None,
@@ -484,6 +636,32 @@ class _Cell:
             self._handle = display.display(both, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(both, raw=True)
+
+
+def _settings_of(run: _Run) -> str:
+    """Return the searched settings of a trial by their short names."""
+    short = {name.rpartition(".")[2]: value for name, value in run.parameters.items()}
+    texts = []
+    for name, value in short.items():
+        shown = f"{value:.3g}" if isinstance(value, float) else in_yaml(value)
+        texts.append(f"{name} {shown}")
+    return on_one_line(", ".join(texts))
+
+
+def _compared_metric(plan: ExperimentPlan) -> str:
+    """Return by what runs of arms can be compared before the test split is opened.
+
+    Validation if it is held out of training; else the cross-entropy on the images of training, which
+    all objectives have, and which says how far a run has fitted them, not how good it is.
+    """
+    return "val_accuracy" if plan.about.get("hold_out") else "train_ce"
+
+
+_NO_VERDICT = {
+    "val_accuracy": "not a verdict: accuracy on validation, over seeds; the test split decides",
+    "train_ce": "not a verdict: cross-entropy on the images of training; the test split decides",
+}
+"""What the table of a comparison is not, by what it shows."""
 
 
 def _number_cell(metrics: Values, name: str) -> float:

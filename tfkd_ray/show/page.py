@@ -136,47 +136,72 @@ def escaped(text: str) -> str:
 # --- HTML ------------------------------------------------------------------------------------------------------
 
 
-def page_html(
-    title: str,
-    subtitle: str,
-    sections: Sequence[Section],
-    trials: Mapping[int, tuple[str, str]] | None = None,
-) -> str:
-    """Return the whole file; `trials`: the name of each trial, and what hovering shows, by number."""
+@dataclass(frozen=True)
+class Page:
+    """What a report shows, before it is HTML."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    trials: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    """The name of each trial, and what hovering shows, by number."""
+
+
+def page_html(page: Page, live: str = "") -> str:
+    """Return the whole file.
+
+    Args:
+        live: state of a followed experiment. Its page asks where it came from for what has changed.
+    """
     from plotly.offline import get_plotlyjs
 
     plotted = any(
         isinstance(part, Figure) and any(panel.heat is None for panel in part.panels)
-        for section in sections
+        for section in page.sections
         for part in section.parts
     )
-    scripts = [get_plotlyjs()] if plotted else []
-    scripts += [script()] if plotted or trials else []
+    scripts = [get_plotlyjs()] if plotted or live else []
+    if plotted or page.trials or live:
+        scripts.append(script(follow=bool(live)))
+    marked = '<div id="marked" hidden></div>\n' if page.trials or live else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts, live)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escaped(page.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        "<noscript><p>The plots need JavaScript, from this file alone; all else does not.</p></noscript>\n"
+        f"{main_html(page, live)}{marked}{''.join(f'<script>{text}</script>' for text in scripts)}"
+        "</body></html>\n"
+    )
+
+
+def _policy(scripts: Sequence[str], live: str) -> str:
+    """Return the page's Content-Security-Policy."""
     hashes = " ".join(map(_hash, scripts)) or "'none'"
     policy = (
         f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {hashes}"
     )
+    return f"{policy}; connect-src 'self'" if live else policy
+
+
+def main_html(page: Page, live: str = "") -> str:
+    """Return the part of a page that changes while an experiment runs."""
     links = " ".join(
-        f'<a href="#s{i}">{escaped(section.title)}</a>' for i, section in enumerate(sections)
+        f'<a href="#s{i}">{escaped(section.title)}</a>' for i, section in enumerate(page.sections)
     )
     body = "".join(
         f'<section id="s{i}"><h2>{escaped(section.title)}</h2>{"".join(map(_part, section.parts))}</section>\n'
-        for i, section in enumerate(sections)
+        for i, section in enumerate(page.sections)
     )
     told = ""
-    if trials:
-        texts = {str(number): list(text) for number, text in trials.items()}
+    if page.trials:
+        texts = {str(number): list(text) for number, text in page.trials.items()}
         told = f'<script type="application/json" id="trials">{_inert_json(texts)}</script>\n'
-        told += '<div id="marked" hidden></div>\n'
+    followed = f'<p id="live" role="status">{escaped(live)}</p>\n' if live else ""
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escaped(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
-        f'<h1>{escaped(title)}</h1>\n<p class="sub">{escaped(subtitle)}</p>\n<nav>{links}</nav>\n'
-        "<noscript><p>The plots need JavaScript, from this file alone; all else does not.</p></noscript>\n"
-        f"{body}{told}{''.join(f'<script>{text}</script>' for text in scripts)}</body></html>\n"
+        f'<main>\n<h1>{escaped(page.title)}</h1>\n<p class="sub">{escaped(page.subtitle)}</p>\n'
+        f"{followed}<nav>{links}</nav>\n{body}{told}</main>\n"
     )
 
 
@@ -188,7 +213,7 @@ def _hash(script: str) -> str:
 def _part(part: str | Figure) -> str:
     if isinstance(part, str):
         return part
-    panels = "".join(map(_panel_html, part.panels))
+    panels = "".join(_panel_html(part.key, panel) for panel in part.panels)
     kind = "panels"
     if len(part.panels) == 1:
         kind = "panels one"
@@ -200,12 +225,13 @@ def _part(part: str | Figure) -> str:
     return f'<figure>{figcaption}<div class="{kind}">{panels}</div></figure>\n'
 
 
-def _panel_html(panel: Panel) -> str:
+def _panel_html(figure: str, panel: Panel) -> str:
     title = f"<h4>{escaped(panel.title)}</h4>"
     if panel.heat is not None:
         return f'<div class="panel">{title}{_heat_html(panel, panel.heat)}</div>'
     return (
-        f'<div class="panel">{title}<div class="plot" style="height:{panel.height}px"></div>'
+        f'<div class="panel">{title}<div class="plot" data-key="{escaped(f"{figure}: {panel.title}")}" '
+        f'style="height:{panel.height}px"></div>'
         f'<script type="application/json">{_inert_json(_plotly(panel))}</script></div>'
     )
 
@@ -348,6 +374,7 @@ def _plotly(panel: Panel) -> Tree:
     named = any(s.name for s in panel.series)
     layout = {
         "autosize": True,
+        "uirevision": "kept",  # a redrawn plot keeps the reader's zoom
         "height": panel.height,
         "margin": {"l": 8, "r": 8, "t": 26, "b": 8},
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": DARK},

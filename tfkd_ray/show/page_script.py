@@ -40,6 +40,9 @@ h4 { margin: .4rem 0 0; font-size: .95rem; font-weight: 600; overflow-wrap: anyw
 p { margin: .3rem 0 .6rem; max-width: 50rem; overflow-wrap: anywhere; }
 a { color: inherit; }
 .sub { color: var(--soft); }
+#live { border-left: .5rem solid #009e73; background: var(--box); padding: .4rem 1rem; }
+#live.lost { border-color: #d55e00; background: var(--no); }
+html:has(#live) { overflow-anchor: none; }
 nav { margin: .8rem 0; font-size: .9rem; }
 nav a { margin-right: 1rem; overflow-wrap: anywhere; }
 .box { border-left: .5rem solid #888; background: var(--box); padding: .6rem 1rem; margin: .6rem 0; }
@@ -120,16 +123,23 @@ figure { margin: 0; }
 
 _SCRIPT = r"""
 const NIGHT = NIGHT_COLOURS;
-const texts = JSON.parse(document.getElementById('trials')?.textContent || '{}');
-const plots = [...document.querySelectorAll('.plot')];
-const table = document.querySelector('table.trials');
-const rows = table ? [...table.tBodies[0].rows] : [];
-const cells = [...document.querySelectorAll('[data-trials]')];
 const bar = document.getElementById('marked');
 const touch = matchMedia('(pointer: coarse)').matches;
 const dark = matchMedia('(prefers-color-scheme: dark)');
 const trialsOf = cell => cell.dataset.trials.split(' ');
 let chosen = new Set(), pointed = new Set();
+let texts, plots, table, rows, cells, heads, names, keys;
+
+function find() {
+  texts = JSON.parse(document.getElementById('trials')?.textContent || '{}');
+  plots = [...document.querySelectorAll('.plot')];
+  table = document.querySelector('table.trials');
+  rows = table ? [...table.tBodies[0].rows] : [];
+  cells = [...document.querySelectorAll('[data-trials]')];
+  heads = table ? [...table.tHead.rows[0].cells] : [];
+  names = heads.map(head => head.textContent.trim());
+  keys = names.map(name => name.split(',')[0]);
+}
 
 // --- plots: a trial's points are found by the numbers in customdata
 
@@ -212,7 +222,7 @@ function draw(plot) {
   Plotly.react(plot, drawn.data, drawn.layout, {responsive: true, displayModeBar: false});
 }
 
-for (const plot of plots) {
+function begin(plot) {
   plot.marks = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
   plot.marks.classList.add('marks');
   plot.after(plot.nextElementSibling, plot.marks);
@@ -242,25 +252,31 @@ addEventListener('afterprint', () => plots.forEach(plot => Plotly.relayout(plot,
 
 // --- cells and rows of trials
 
-for (const element of cells) {
-  element.tabIndex = 0;
-  element.addEventListener('mouseenter', () => point(trialsOf(element)));
-  element.addEventListener('mouseleave', () => point([]));
-  element.addEventListener('click', event => choose(trialsOf(element), event.shiftKey));
-  element.addEventListener('keydown', event => {
-    if (event.key === 'Enter') choose(trialsOf(element), event.shiftKey);
-  });
-}
+const cellAt = event => event.target.closest?.('[data-trials]');
+let over = null;
+document.addEventListener('mouseover', event => {
+  if (cellAt(event) === over) return;
+  over = cellAt(event);
+  point(over ? trialsOf(over) : []);
+});
+document.addEventListener('click', event => {
+  const head = event.target.closest('table.trials th button')?.parentElement;
+  if (head) sort(heads.indexOf(head), head.getAttribute('aria-sort') === 'ascending');
+  else if (cellAt(event)) choose(trialsOf(cellAt(event)), event.shiftKey);
+});
+document.addEventListener('keydown', event => {
+  if (event.key === 'Enter' && cellAt(event)) choose(trialsOf(cellAt(event)), event.shiftKey);
+});
 
 // --- the table: sorted by a column, and filtered by words and by conditions such as lr<0.1
 
-const heads = table ? [...table.tHead.rows[0].cells] : [];
-const names = heads.map(head => head.textContent.trim());
-const keys = names.map(name => name.split(',')[0]);
 const valueOf = (row, k) => row.cells[k].dataset.value ?? row.cells[k].textContent;
 const isNumber = text => text.trim() !== '' && isFinite(text);
 
+let sorted = null;
+
 function sort(k, down) {
+  sorted = [k, down];
   const sign = down ? -1 : 1;
   const order = (a, b) => {
     const [x, y] = [valueOf(a, k), valueOf(b, k)];
@@ -302,28 +318,140 @@ function filter() {
   document.getElementById('left').textContent = `${left} of ${rows.length} trials`;
 }
 
-if (table) {
+document.addEventListener('input', event => { if (event.target.id === 'filter') filter(); });
+document.addEventListener('change', event => {
+  if (event.target.id === 'only') filter();
+  if (event.target.id !== 'order') return;
+  const [k, down] = event.target.value.split(' ');
+  if (down) sort(Number(k), down === '1');
+  else unsort();
+});
+
+function unsort() {
+  sorted = null;
+  heads.forEach(head => head.removeAttribute('aria-sort'));
+  table.tBodies[0].append(...rows);
+}
+
+function beginTable() {
   const order = document.getElementById('order');
   heads.forEach((head, k) => {
+    if (head.firstElementChild) return;
     const button = document.createElement('button');
     button.textContent = names[k];
     head.replaceChildren(button);
-    button.addEventListener('click', () => sort(k, head.getAttribute('aria-sort') === 'ascending'));
     for (const down of [0, 1]) {
       order.add(new Option(`${names[k]}, ${down ? 'descending' : 'ascending'}`, `${k} ${down}`));
     }
   });
-  order.value = '';
-  order.addEventListener('change', () => {
-    const [k, down] = order.value.split(' ');
-    sort(Number(k), down === '1');
-  });
-  document.getElementById('filter').addEventListener('input', filter);
-  document.getElementById('only').addEventListener('change', filter);
+  if (sorted) sort(...sorted);
+  else order.value = '';
   document.querySelectorAll('.controls').forEach(part => part.hidden = false);
   filter();
 }
-document.documentElement.dataset.drawn = plots.length;
+
+function setUp() {
+  find();
+  cells.forEach(element => element.tabIndex = 0);
+  if (table) beginTable();
+  plots.filter(plot => !plot.marks).forEach(begin);
+  show();
+  document.documentElement.dataset.drawn = plots.length;
+}
+setUp();
+"""
+
+_FOLLOW = r"""
+// --- a followed experiment: what has changed is replaced, and what the reader has set is kept
+
+const EVERY_MS = 2000;
+let version = '', asking = false, held = false, told = '', answered = new Date();
+const live = () => document.getElementById('live');
+const textless = node => ![...node.childNodes].some(part => part.nodeType === 3 && part.data.trim());
+const inside = node => [...node.children].filter(child => !child.matches('.marks'));
+const kind = node => `${node.nodeName} ${node.dataset.key || node.className}`;
+
+function renew(old, fresh) {
+  if (old.isEqualNode(fresh) || old.matches('.controls')) return;
+  if (old.matches('.plot')) {
+    old.style.height = fresh.style.height;
+    return;
+  }
+  const [have, want] = [inside(old), inside(fresh)];
+  const alike = want.length > 0 && have.length === want.length && old.nodeName !== 'TBODY'
+    && textless(old) && textless(fresh) && want.every((child, i) => kind(child) === kind(have[i]));
+  if (alike) want.forEach((child, i) => renew(have[i], child));
+  else replace(old, fresh);
+}
+
+function replace(old, fresh) {
+  const drawn = new Map([...old.querySelectorAll('.plot')].map(plot => [plot.dataset.key, plot]));
+  const given = [...fresh.querySelectorAll('.plot')];
+  old.replaceWith(fresh);
+  for (const plot of given) {
+    const before = drawn.get(plot.dataset.key);
+    if (!before) continue;
+    before.style.height = plot.style.height;
+    plot.replaceWith(before);
+    before.nextElementSibling.after(before.marks);
+  }
+}
+
+function renewAll(text) {
+  const main = document.querySelector('main');
+  const fresh = new DOMParser().parseFromString(text, 'text/html').querySelector('main');
+  const shown = new Map(plots.map(plot => [plot, plot.nextElementSibling.textContent]));
+  const sections = [...main.querySelectorAll(':scope > section')];
+  const top = sections.find(section => section.getBoundingClientRect().bottom > 0);
+  const place = top?.getBoundingClientRect().top;
+  const title = section => section.querySelector('h2').textContent;
+  const old = new Map(sections.map(section => [title(section), section]));
+  const outside = new Map([...main.children].map(part => [kind(part) + part.id, part]));
+  const wanted = [...fresh.children].map(part => {
+    const found = part.nodeName === 'SECTION' ? old.get(title(part)) : outside.get(kind(part) + part.id);
+    if (!found) return part;
+    found.id = part.id;
+    renew(found, part);
+    return found.isConnected ? found : part;
+  });
+  [...main.children].filter(part => !wanted.includes(part)).forEach(part => part.remove());
+  wanted.forEach((part, i) => { if (main.children[i] !== part) main.insertBefore(part, main.children[i] || null); });
+  setUp();
+  plots.filter(plot => shown.has(plot) && shown.get(plot) !== plot.nextElementSibling.textContent).forEach(draw);
+  show();
+  if (top?.isConnected && scrollY > 0) scrollBy({top: top.getBoundingClientRect().top - place, behavior: 'instant'});
+}
+
+const clock = () => answered.toLocaleTimeString([], {hour12: false});
+
+async function ask() {
+  const answer = await fetch('page', {headers: {'If-None-Match': version}, cache: 'no-store'});
+  return [answer, answer.status === 304 ? '' : await answer.text()];
+}
+
+async function follow() {
+  if (document.hidden || asking || held) return;
+  asking = true;
+  const [answer, text] = await ask().catch(() => [null, '']);
+  asking = false;
+  if (answer?.status === 200) {
+    renewAll(text);
+    version = answer.headers.get('ETag');
+    told = live().textContent;
+  }
+  const good = answer?.ok || answer?.status === 304;
+  if (good) answered = new Date();
+  const lost = `tfkd report has not answered since ${clock()}: it was ended, or the connection is lost. ` +
+    'This is the state of then; the page goes on by itself once there is an answer.';
+  live().textContent = good ? `${told} (as of ${clock()})` : text || lost;
+  live().classList.toggle('lost', !good);
+}
+
+addEventListener('pointerdown', event => held = event.button === 0);
+for (const name of ['pointerup', 'pointercancel']) addEventListener(name, () => held = false);
+document.addEventListener('visibilitychange', follow);
+setInterval(follow, EVERY_MS);
+follow();
 """
 
 
@@ -332,6 +460,7 @@ def css_colour(colour: str) -> str:
     return f"light-dark({colour}, {NIGHT.get(colour, colour)})"
 
 
-def script() -> str:
-    """Return the script of the page."""
-    return _SCRIPT.replace("NIGHT_COLOURS", json.dumps(NIGHT), 1)
+def script(*, follow: bool = False) -> str:
+    """Return the script of the page; of one that follows an experiment, with what renews it."""
+    text = _SCRIPT.replace("NIGHT_COLOURS", json.dumps(NIGHT), 1)
+    return text + _FOLLOW if follow else text

@@ -3,7 +3,7 @@
 The commands `tfkd export` and `tfkd report` make the same calls. A place is a directory or a URL.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tfkd_ray.learn.config import TrainConfig
+    from tfkd_ray.show.follow import Followed
 
 
 def best_config(experiment: Path | str) -> "TrainConfig":
@@ -86,19 +87,51 @@ def write_report(
         ConfigError: if there is no experiment, or a file cannot be written.
     """
     from tfkd_ray.show.report import report
+
+    folder, compared, beside = _places(experiment, comparisons, others)
+    return report(
+        folder,
+        Path(out),
+        figures=None if figures is None else Path(figures),
+        comparisons=compared(),
+        others=beside,
+    )
+
+
+def followed_report(
+    experiment: Path | str,
+    *,
+    comparisons: Sequence[Path | str] | None = None,
+    others: Sequence[Path | str] = (),
+) -> "Followed":
+    """Return the report on an experiment that `follow.server_of` serves; see `write_report`."""
+    from tfkd_ray.show.follow import Followed
+    from tfkd_ray.show.report import report_page
+
+    folder, compared, beside = _places(experiment, comparisons, others)
+    return Followed(
+        folder, lambda: report_page(folder, comparisons=compared(), others=beside), beside
+    )
+
+
+def _places(
+    experiment: Path | str,
+    comparisons: Sequence[Path | str] | None,
+    others: Sequence[Path | str],
+) -> tuple[Path, Callable[[], list[Path]], list[Path]]:
+    """Return the folders of a report: its experiment, the comparisons there are now, and others."""
     from tfkd_ray.space.arms import comparisons_of
 
     found = experiment_of(experiment)
     found.storage.fetch_comparisons()
     folder = absolute(found.folder)
-    beside = [experiment_of(place).folder for place in comparisons or ()]
-    return report(
-        folder,
-        Path(out),
-        figures=None if figures is None else Path(figures),
-        comparisons=beside or ([] if others else comparisons_of(folder)),
-        others=[absolute(experiment_of(place).folder) for place in others],
-    )
+    named = [experiment_of(place).folder for place in comparisons or ()]
+    beside = [absolute(experiment_of(place).folder) for place in others]
+
+    def compared() -> list[Path]:
+        return named or ([] if beside else comparisons_of(folder))
+
+    return folder, compared, beside
 
 
 def place_of_student(source: Path | str) -> Path:

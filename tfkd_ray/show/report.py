@@ -23,6 +23,7 @@ from tfkd_ray.settings.errors import ConfigError, Sentences, some_of
 from tfkd_ray.settings.files import check_writable, kind_of, write_text
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, dump_yaml
+from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.figures import (
     FEWEST,
     LUCK,
@@ -32,7 +33,6 @@ from tfkd_ray.show.figures import (
     fidelity,
     importance_section,
     number_text,
-    objective_colour,
     parallel,
     pareto_section,
     read_sweep,
@@ -45,6 +45,7 @@ from tfkd_ray.show.heat_map import arm_grids, grid_figure, sweep_grids
 from tfkd_ray.show.page import (
     Axis,
     Figure,
+    Page,
     Panel,
     Section,
     Series,
@@ -104,14 +105,7 @@ def report(
         comparisons: directories of comparisons that confirm the sweep; their verdicts come first.
         others: directories of other sweeps, which the page shows side by side with it.
     """
-    plan = read_plan(experiment)
-    if others and comparisons:
-        raise ConfigError(
-            "--confirm: is for the report of one sweep, and several are given", experiment
-        )
-    for directory in comparisons:
-        if read_plan(directory).kind != "comparison":
-            raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
+    page = report_page(experiment, comparisons=comparisons, others=others)
     check_output(out, "-o report.html")
     if figures is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
@@ -120,6 +114,28 @@ def report(
     places = [] if kind_of(out) or output_descriptor(out) is not None else [(out.parent, "-o FILE")]
     for folder, option in (*places, *([(figures, "--figures DIR")] if figures else [])):
         check_writable(folder.absolute(), option)
+    written = [out] if write_output(out, page_html(page)) else []
+    if figures is not None:
+        for section in page.sections:
+            for part in section.parts:
+                if isinstance(part, Figure) and part.panels:
+                    written += _write_figure(part, figures)
+    return written
+
+
+@only_reading()
+def report_page(
+    experiment: Path, *, comparisons: Sequence[Path] = (), others: Sequence[Path] = ()
+) -> Page:
+    """Return what the report on a sweep or a comparison shows; see `report`."""
+    plan = read_plan(experiment)
+    if others and comparisons:
+        raise ConfigError(
+            "--confirm: is for the report of one sweep, and several are given", experiment
+        )
+    for directory in comparisons:
+        if read_plan(directory).kind != "comparison":
+            raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
     trials: dict[int, tuple[str, str]] = {}
     name = str(plan.about.get("compared", {}).get("title") or experiment.absolute().name)
     if others:
@@ -137,14 +153,7 @@ def report(
         sweep = read_sweep(experiment, plan)
         subtitle, trials = _subtitle(experiment, plan), _hovers(sweep)
         sections = list(_sweep_sections(sweep, experiment, comparisons))
-    page = page_html(name, subtitle, sections, trials)
-    written = [out] if write_output(out, page) else []
-    if figures is not None:
-        for section in sections:
-            for part in section.parts:
-                if isinstance(part, Figure) and part.panels:
-                    written += _write_figure(part, figures)
-    return written
+    return Page(name, subtitle, sections, trials)
 
 
 def _hovers(sweep: Sweep, before: str = "") -> dict[int, tuple[str, str]]:

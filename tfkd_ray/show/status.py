@@ -6,7 +6,6 @@ experiment is a sweep (experiment.yaml) or a comparison of arms (confirm.yaml). 
 a key to `status` and a line to `status_lines`. Needs neither torch, Ray nor Optuna.
 """
 
-import bisect
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import stat
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -28,6 +27,8 @@ from tfkd_ray.settings.columns import fitted, in_columns, on_one_line, wrapped
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, some_of
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
+from tfkd_ray.show.pace import Begun, HalvingRule, epochs_left
+from tfkd_ray.space.pausing import halving_rungs
 from tfkd_ray.store.experiment import (
     BASELINES,
     STATUSES,
@@ -119,16 +120,20 @@ class ExperimentPlan:
             return None
         return round(self.trials * statistics.fmean(self.rows.values()))
 
-    def not_begun(self, begun: Mapping[str, int]) -> list[int]:
-        """Return the full lengths of the trials still to begin; `begun` counts the others."""
-        if self.trials is None:
-            return []
-        if self.kind == "sweep":
-            return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
-        seeds = self.trials // max(1, len(self.rows))
-        return [
-            epochs for row, epochs in self.rows.items() for _ in range(seeds - begun.get(row, 0))
-        ]
+    def not_begun(self, begun: Iterable[str]) -> list[tuple[str, int]]:
+        """Return (row, full length) of each trial still to begin.
+
+        Args:
+            begun: row of each that has begun.
+        """
+        return [] if self.trials is None else left_by_row(self.rows, self.trials, begun)
+
+    @property
+    def rule(self) -> HalvingRule | None:
+        """The halving that stops its trials; None if there is another rule, or none."""
+        if self.kind != "sweep":
+            return None
+        return halving_rule(self.about["space"]["search"], max(self.rows.values(), default=0))
 
     def row(self, record: Record) -> str:
         """Return the row of a trial."""
@@ -137,6 +142,41 @@ class ExperimentPlan:
             if self.kind == "comparison"
             else record.objective
         )
+
+
+def left_by_row(
+    rows: Mapping[str, int], trials: int, begun: Iterable[str]
+) -> list[tuple[str, int]]:
+    """Return (row, full length) of each trial still to begin, the rows in turn.
+
+    Rows share the trials equally; the first ones have one more if they are not divisible.
+
+    Args:
+        rows: full length of each row.
+        trials: number of trials in all.
+        begun: row of each that has begun.
+    """
+    counts, short = Counter(begun), list[tuple[int, str]]()
+    for k, row in enumerate(rows):
+        share = trials // len(rows) + (k < trials % len(rows))
+        short += [(n, row) for n in range(counts[row], share)]
+    most = max(0, trials - counts.total())  # fewer if a row has more than its share
+    places = {row: k for k, row in enumerate(rows)}
+    short.sort(key=lambda place: (place[0], places[place[1]]))
+    return [(row, rows[row]) for _, row in short[:most]]
+
+
+def halving_rule(search: Tree, epochs: int) -> HalvingRule | None:
+    """Return the rule of `search.stopping` if it is a halving whose expectation is known."""
+    stopping = search.get("stopping")
+    if not isinstance(stopping, dict) or stopping.get("name") not in HALVINGS:
+        return None
+    factor, first = int(stopping.get("factor", 3)), stopping.get("min_epochs")
+    rungs = halving_rungs(epochs, factor, first)
+    return HalvingRule(tuple(rungs), factor, pauses=stopping["name"] == "pausing")
+
+
+HALVINGS = ("halving", "asha", "pausing")
 
 
 def read_plan(experiment: Path) -> ExperimentPlan:
@@ -264,7 +304,7 @@ def is_running(experiment: Path) -> bool:
         return not ended and time.time() - _changed(held) < HELD_S
     if host == socket.gethostname():
         return _holds(process, experiment / "driver.lock")
-    return time.time() - _last_change(experiment) < QUIET_S
+    return time.time() - changed_last(experiment) < QUIET_S
 
 
 def driver_of(experiment: Path) -> tuple[int, str] | None:
@@ -300,7 +340,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _last_change(experiment: Path) -> float:
+def changed_last(experiment: Path) -> float:
     """Return when a sweep's files changed last, in seconds since 1970."""
     files = [experiment / "driver.txt", experiment / "study.journal", experiment / "confirm.json"]
     return max(
@@ -385,7 +425,7 @@ def status(experiment: Path) -> Tree:
         "verdict": verdict or [],
         "epochs": {"done": done_epochs, "planned": plan.epochs},
         "elapsed_s": _elapsed(
-            plan.created, now if state == "running" else _last_change(experiment)
+            plan.created, now if state == "running" else changed_last(experiment)
         ),
         "ran_s": spent(experiment, since=since)["seconds"] if sweep else None,
         "rate": rate,
@@ -508,7 +548,7 @@ def best_lines(found: Tree, experiment: Path) -> list[str]:
     for entry in best:
         values = (_front_value(entry["values"][metric]) for metric in metrics)
         rows.append("\t".join([on_one_line(entry["trial"]), *values]))
-    lines = [f"{title}on validation in all of", *in_columns(rows, TERMINAL_WIDTH)]
+    lines = [f"{title}on validation in all of", *in_columns(rows, TERMINAL_WIDTH - 2)]
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}", *limited]
 
 
@@ -615,39 +655,11 @@ def _ahead(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
 def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -> float | None:
     if not rate or plan.trials is None:
         return None
-    runs = [(epoch_of(r), int(r.config.get("epochs", 0)), r.status) for r in records]
-    return epochs_left(runs, plan.not_begun(Counter(plan.row(r) for r in records))) / rate
-
-
-def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> float:
-    """Estimate the epochs still to train; the share stopped at each epoch stays as it was so far.
-
-    (The estimator of Kaplan and Meier: a running trial counts for the epochs that it has finished.)
-    Until the first trial is stopped, all are assumed to run their full length.
-
-    Args:
-        begun: (epoch, full length, status) of each trial.
-        new: the full length of each that has not begun.
-    """
-    at_end = sorted(epoch for epoch, _, _ in begun)
-    stopped = Counter(epoch for epoch, _, status in begun if status in ("stopped", "paused"))
-    goes_on = {}
-    for epoch, n in sorted(stopped.items()):
-        beyond = len(at_end) - bisect.bisect_right(at_end, epoch)
-        goes_on[epoch] = beyond / (beyond + n)
-
-    def rest(epoch: int, full: int) -> float:
-        total, share = 0.0, 1.0
-        for stop, part in goes_on.items():
-            if epoch < stop < full:
-                total, share, epoch = total + share * (stop - epoch), share * part, stop
-        return total + share * max(0, full - epoch)
-
-    lengths = Counter((0, full) for full in new)
-    lengths.update(
-        (epoch, full) for epoch, full, status in begun if status in ("running", "interrupted")
-    )
-    return sum(n * rest(*where) for where, n in lengths.items())
+    begun = [
+        Begun(plan.row(r), epoch_of(r), int(r.config.get("epochs", 0)), r.status) for r in records
+    ]
+    new = plan.not_begun(b.row for b in begun)
+    return epochs_left(begun, new, plan.rule) / rate
 
 
 def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> Numbers:

@@ -11,6 +11,19 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 
+def halving_rungs(epochs: int, factor: int, min_epochs: int | None = None) -> list[int]:
+    """Return the epochs after which a halving judges a trial, ascending; none in the last ninth.
+
+    The first is `min_epochs`, or epochs / factor^2, which puts the rungs at 1/9 and 1/3 of the epochs.
+    """
+    rung = min_epochs or max(1, epochs // factor**2)
+    rungs = []
+    while 9 * rung <= 8 * epochs:
+        rungs.append(rung)
+        rung *= factor
+    return rungs
+
+
 @dataclass(frozen=True, slots=True)
 class Entrant:
     """A trial as the rule sees it: the last attempt of its number."""

@@ -19,6 +19,7 @@ from tfkd_ray.learn.optimizers import Count, Positive
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.settings.schema import Settings, name_alone, tag
+from tfkd_ray.space.pausing import halving_rungs
 from tfkd_ray.verdict.limits import Limits
 from tfkd_ray.verdict.scores import Searchable, SearchableBeside, score_of
 
@@ -126,12 +127,7 @@ class Halving(Settings):
 
     def rungs(self, epochs: int) -> list[int]:
         """Return the epochs after which a trial is judged, ascending; none in the last ninth."""
-        rung = self.min_epochs or max(1, epochs // self.factor**2)
-        rungs = []
-        while 9 * rung <= 8 * epochs:
-            rungs.append(rung)
-            rung *= self.factor
-        return rungs
+        return halving_rungs(epochs, self.factor, self.min_epochs)
 
 
 class Hyperband(Halving):
