@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from conftest import ARMS
 
+from tfkd_ray.cli.sweep import _print_best
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy, TfkdReg
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.report import report
 from tfkd_ray.space.arms import (
     Arms,
     arms_of,
@@ -24,8 +26,16 @@ from tfkd_ray.space.arms import (
     runs_of,
     untuned,
 )
+from tfkd_ray.space.baselines import FEWEST_TRIALS, doubts
 from tfkd_ray.space.space import build_space
-from tfkd_ray.store.experiment import Record, write_experiment, write_record
+from tfkd_ray.store.experiment import (
+    Record,
+    best,
+    read_experiment,
+    read_records,
+    write_experiment,
+    write_record,
+)
 
 TREE: dict[str, Any] = {
     "title": "a try",
@@ -213,7 +223,7 @@ def test_the_arms_of_a_sweep_are_its_best_and_what_they_must_beat(sweep: Path) -
         ("ce-scaled", "baseline"),
         ("tfkd_reg-published", "reference"),
     ]
-    assert compared.searched == 9 and compared.experiment == "s" and not untuned(sweep)
+    assert compared.searched == 9 and compared.experiment == "s"
     scaled, published = (compared.named(n).config for n in ("ce-scaled", "tfkd_reg-published"))
     assert (
         scaled.objective.loss_scale == pytest.approx(0.49)
@@ -228,7 +238,7 @@ def test_of_an_objective_without_parts_there_is_no_scaled_ce_and_the_note_says_w
     monkeypatch.setattr(TfkdReg, "has_parts", False)
     compared = arms_of(sweep, top_k=1)
     assert "ce-scaled" not in {arm.name for arm in compared.arms}
-    assert compared.note == (
+    assert compared.note.endswith(
         "tfkd_reg does not give CE as a part, so its weight of CE is unknown, and there is no baseline ce-scaled."
     )
 
@@ -243,7 +253,13 @@ def test_a_sweep_that_judged_averaged_weights_is_confirmed_on_test_by_the_studen
         build_arms({**TREE, "metric": "val_ema_accuracy"})
 
 
-def test_a_baseline_with_fewer_trials_is_to_be_tuned(sweep: Path) -> None:
+def test_a_baseline_with_fewer_trials_than_the_winner_is_to_be_tuned(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfkd_ray.space.baselines.FEWEST_TRIALS", 2)
+    monkeypatch.setattr("tfkd_ray.space.arms.FEWEST_TRIALS", 2)
+    monkeypatch.setattr("tfkd_ray.space.baselines.FAR_BEHIND", 1000)
+    assert untuned(sweep) == {}
     shutil.rmtree(sweep / "trials/t0007-lsr")
     assert untuned(sweep) == {"lsr": 3}
     space = baseline_space(sweep, {"lsr": 3})
@@ -251,6 +267,81 @@ def test_a_baseline_with_fewer_trials_is_to_be_tuned(sweep: Path) -> None:
     assert {p.name for p in space.parameters} == {"optim.lr", "objective.lsr.alpha"}
     both = baseline_space(sweep, {"ce": 3, "lsr": 3})
     assert [g.name for g in both.groups] == ["ce", "lsr"] and both.search.num_samples == 6
+
+
+def test_a_baseline_in_name_only_is_to_be_tuned_and_named_by_the_verdict(sweep: Path) -> None:
+    """Here `ce` has too few trials, and `lsr`, of which nothing but lr is searched, is far behind."""
+    assert untuned(sweep) == {"ce": FEWEST_TRIALS, "lsr": FEWEST_TRIALS}
+    few = "ce (3 trials) and lsr (3 trials, 39.00 points behind ce)"
+    assert arms_of(sweep, top_k=1).note == f"Baselines tuned in name only: {few}."
+    assert arms_of(sweep, top_k=1, rivals=rivals_of("ce")).note.endswith("only: ce (3 trials).")
+
+
+def test_tune_and_the_report_name_a_baseline_in_name_only(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = read_records(sweep)
+    space = build_space(read_experiment(sweep)["space"])
+    winner = best(records, "val_accuracy")
+    assert winner is not None
+    _print_best(space, records, winner)
+    few = "ce (3 trials) and lsr (3 trials, 39.00 points behind ce)"
+    said = f"baselines tuned in name only: {few}; tfkd confirm tunes them first"
+    assert said in " ".join(capsys.readouterr().out.split())
+    report(sweep, tmp_path / "r.html")
+    assert said[1:] in (tmp_path / "r.html").read_text()
+
+
+def test_baselines_of_a_grid_are_tuned_by_a_sampler_and_one_without_ranges_runs_once(
+    tmp_path: Path,
+) -> None:
+    grid = {"sampler": "grid", "baselines": False}
+    kd = {"name": "kd", "temperature": {"choices": [1, 4]}, "alpha": {"choices": [0.1, 0.9]}}
+    space = build_space({"objective": kd, "teacher": "mlp", "epochs": 2, "search": grid})
+    write_experiment(tmp_path / "g", space.tree, [])
+    folder = tmp_path / "g/trials/t0000-kd"
+    values = {"objective.kd.temperature": 1, "objective.kd.alpha": 0.1}
+    config = space.branches[0].config(values).model_dump(mode="json")
+    write_record(Record(folder, 0, "t0000-kd", "kd", "done", values, config))
+    (folder / "metrics.jsonl").write_text('{"epoch": 2, "val_accuracy": 0.9}\n')
+    assert untuned(tmp_path / "g") == {"ce": 1, "lsr": FEWEST_TRIALS}
+    tuned = baseline_space(tmp_path / "g", untuned(tmp_path / "g"))
+    assert tuned.search.num_samples == 2 * FEWEST_TRIALS and tuned.sampler.name == "tpe"
+
+
+def trials(objective: str, values: list[float], status: str = "done") -> list[Record]:
+    return [
+        Record(
+            Path(),
+            k,
+            f"t{k}",
+            objective,
+            status,
+            {"optim.lr": 0.1},
+            {},
+            metrics=[{"epoch": 2, "val_accuracy": value, "val_nll": 1 - value}],
+        )
+        for k, value in enumerate(values)
+    ]
+
+
+def test_a_baseline_is_doubted_for_few_trials_or_a_long_way_behind_plain_training() -> None:
+    six = [0.9] * FEWEST_TRIALS
+    reg, ce = trials("tfkd_reg", [0.9]), trials("ce", six)
+    assert not doubts([*reg, *ce, *trials("lsr", six)], "val_accuracy")
+    assert not doubts([*reg, *ce], "val_accuracy"), "a missing baseline is no doubtful one"
+    assert not doubts(trials("ce", [0.9]), "val_accuracy"), "nothing is compared with it"
+    (few,) = doubts([*reg, *trials("ce", six[1:]), *trials("ce", [0.9], "failed")], "val_accuracy")
+    assert str(few) == "ce (5 trials)" and few.few
+    near = trials("lsr", [0.885] * FEWEST_TRIALS)
+    assert not doubts([*reg, *ce, *near], "val_accuracy")
+    (far,) = doubts([*reg, *ce, *trials("lsr", [0.8] * FEWEST_TRIALS)], "val_accuracy")
+    assert str(far) == "lsr (10.00 points behind ce)" and not far.few
+    (far,) = doubts([*reg, *ce, *trials("lsr", [0.8] * FEWEST_TRIALS)], "val_nll")
+    assert str(far) == "lsr (0.1000 nats an image behind ce)"
+    fixed = trials("ce", [0.9])
+    fixed[0].parameters.clear()
+    assert not doubts([*reg, *fixed], "val_accuracy"), "more trials would be the same"
 
 
 def test_a_sweep_with_nothing_to_confirm_is_refused(sweep: Path) -> None:

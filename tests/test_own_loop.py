@@ -452,7 +452,8 @@ def test_a_loop_is_swept_stopped_early_resumed_shown_and_confirmed_by_its_test_f
     assert len(events.Scalars(records[0].name, "val/acc")) == len(records[0].metrics)
     (page,) = report(experiment, tmp_path / "page.html")
     assert "own_loop:train" in page.read_text()
-    run = tfkd("confirm", str(experiment), "--seeds", "2", "--name", "verdict", timeout=400)
+    few = ("--seeds", "2", "--baselines", "scaled")  # which nothing tunes
+    run = tfkd("confirm", str(experiment), *few, "--name", "verdict", timeout=400)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "tfkd_results/verdict/confirm.json").read_text())
     assert result["verdicts"]
@@ -515,7 +516,8 @@ def test_the_text_of_the_example_is_distilled_and_ends_in_a_verdict(
     assert run.returncode == 0, run.stderr
     experiment = tmp_path / "tfkd_results/text"
     assert [r.objective for r in read_records(experiment)].count("kd") == 1
-    run = tfkd("confirm", str(experiment), "--seeds", "2", "--name", "verdict", timeout=300)
+    few = ("--seeds", "2", "--baselines", "scaled")  # which nothing tunes
+    run = tfkd("confirm", str(experiment), *few, "--name", "verdict", timeout=300)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "tfkd_results/verdict/confirm.json").read_text())
     (verdict,) = result["verdicts"]

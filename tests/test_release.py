@@ -73,6 +73,7 @@ def test_tensorboard_reads_it(storage: Path) -> None:
 def test_confirm_finds_its_arms_and_its_teacher(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tfkd_ray.space.baselines.FEWEST_TRIALS", 1)
     compared = arms_of(storage / "sweep")
     assert {arm.part for arm in compared.arms} == {
         "candidate",

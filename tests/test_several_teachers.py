@@ -489,7 +489,7 @@ def test_a_share_is_tuned_confirmed_and_exported(
     shares = {r.parameters["teachers.2.share"] for r in records if r.objective == "kd"}
     assert len(shares) == 2 and "teachers" in read_experiment(storage / "two")["space"]
     assert len(read_teachers(storage)) == 3
-    more = ("--seeds", "2", "--top-k", "1", "--name", "verdict")
+    more = ("--seeds", "2", "--top-k", "1", "--name", "verdict", "--baselines", "scaled")
     found = tfkd("confirm", str(storage / "two"), *more, timeout=400)
     assert found.returncode == 0, found.stderr
     result = json.loads((storage / "verdict/confirm.json").read_text())

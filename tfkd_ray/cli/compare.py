@@ -140,7 +140,7 @@ def check_seeds(first_look: int | None, most: int) -> None:
 def _tuned_baselines(
     sweep: "Experiment", rivals: Sequence[str], args: Namespace, end: OnEnd
 ) -> Path | None:
-    """Tune the baselines that got fewer trials than the winner's objective; return that sweep.
+    """Tune the baselines that got too few trials, or are far below plain training; return that sweep.
 
     None if no baseline needs it.
     """
@@ -158,8 +158,8 @@ def _tuned_baselines(
         space = baseline_space(experiment, lacking)
         names = " and ".join(lacking)
         say_error(
-            f"baselines: {names} had fewer trials than the winner's objective; tuning them first, "
-            f"in {short_path(tuned)}"
+            f"baselines: {names} had fewer trials than the winner's objective, or are tuned in name only; "
+            f"tuning them first, in {short_path(tuned)}"
         )
         have_data(space.example, args)
         space.example.data.examine()

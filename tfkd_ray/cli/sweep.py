@@ -261,6 +261,7 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
     from tfkd_ray.learn.chance import chance_note
     from tfkd_ray.settings.yaml import in_yaml
+    from tfkd_ray.space.baselines import doubted, doubts
     from tfkd_ray.store.experiment import best, pareto
     from tfkd_ray.verdict.limits import is_feasible, limits_text
 
@@ -275,6 +276,9 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
         rival = best([r for r in records if r.objective == name], metric, limits)
         if rival is not None and rival is not winner:
             print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
+    if found := doubts(records, metric, limits):
+        text = f"baselines {doubted(found)}; tfkd confirm tunes them first"
+        print(*wrapped(text, first="  "), sep="\n")
     ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
     if ties > 1:
         print(f"{ties} trials share this value; the first of them is named")

@@ -67,6 +67,7 @@ from tfkd_ray.show.several import (
     read_several,
 )
 from tfkd_ray.show.status import ExperimentPlan, cut_short, duration, read_lasts, read_plan, status
+from tfkd_ray.space.baselines import doubted, doubts
 from tfkd_ray.space.explain import EXPLAIN_TOLERANCE, amounts_to
 from tfkd_ray.store.experiment import (
     Record,
@@ -302,6 +303,8 @@ def _not_a_verdict(sweep: Sweep) -> str:
         )
         if not is_feasible(sweep.limits, first.last):
             shared += " No trial of full length meets them: it is the best of those that do not."
+    if found := doubts(sweep.records, sweep.metric, sweep.limits):
+        shared += f" Baselines {doubted(found)}; tfkd confirm tunes them first."
     return (
         f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} "
         f"This is not a verdict: it is the best of {n} on validation, and {LUCK}. "

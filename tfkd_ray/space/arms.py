@@ -33,6 +33,7 @@ from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import Settings, name_alone, validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, existing_space, read_yaml
+from tfkd_ray.space.baselines import FEWEST_TRIALS, doubted, doubts
 from tfkd_ray.space.blame import blamed
 from tfkd_ray.space.ranges import Domain, name_of
 from tfkd_ray.space.space import (
@@ -346,17 +347,25 @@ def rivals_of(text: str) -> list[str]:
 
 
 def untuned(experiment: Path) -> dict[str, int]:
-    """Return baselines with fewer trials than the winner's objective, and the winner's number."""
+    """Return the baselines to tune before a verdict, and how many trials each of them needs.
+
+    These are baselines with fewer trials than the winner's objective, without one of full length,
+    and those that are tuned in name only.
+    """
     winner = _candidates(experiment, 1)[0]
+    records = read_records(experiment)
     ended: dict[str, list[str]] = {}
-    for record in read_records(experiment):
+    for record in records:
         ended.setdefault(record.objective, []).append(record.status)
     trials = len(ended[winner.objective])
+    metric, limits = selection_metric(experiment), selection_limits(experiment)
+    in_name_only = {doubt.baseline for doubt in doubts(records, metric, limits)}
     lacking = {}
     for name in BASELINES:
         of_it = ended.get(name, [])
-        if len(of_it) < trials or "done" not in of_it:
-            lacking[name] = trials
+        if name in in_name_only or len(of_it) < trials or "done" not in of_it:
+            searched = baseline_space(experiment, {name: 1}).parameters
+            lacking[name] = max(trials, FEWEST_TRIALS) if searched else 1
     return lacking
 
 
@@ -380,7 +389,10 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
         "points",
     )
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
-    tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
+    if name_of(tree["search"].get("sampler")) == "grid":  # which is over the sweep's settings
+        del tree["search"]["sampler"]
+    number = max(lacking.values()) * len(lacking)  # of each equally many
+    tree["search"] |= {"num_samples": number, "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
 
 
@@ -411,8 +423,8 @@ def arms_of(
     arms: list[Tree] = []
     for winner in winners:
         arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
+    there = [experiment] if baselines is None else [experiment, baselines]
     for name in [b for b in BASELINES if b in rivals]:
-        there = [experiment] if baselines is None else [experiment, baselines]
         found = [record for where in there for record in _full(where) if record.objective == name]
         found = [record for record in found if metric in record.last]
         if not found:
@@ -423,6 +435,10 @@ def arms_of(
         rival = feasible_first(ranked, limits, lambda record: record.last)[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
+    records = [record for where in there for record in read_records(where)]
+    found_doubts = [d for d in doubts(records, metric, limits) if d.baseline in rivals]
+    if found_doubts:
+        notes.append(f"Baselines {doubted(found_doubts)}.")
     if limits and not is_feasible(limits, first.last):
         notes.append(
             f"No trial of the sweep meets its constraints ({limits_text(limits)}): {first.name} "
