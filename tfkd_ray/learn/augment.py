@@ -214,7 +214,7 @@ class Augment(Settings):
         Args:
             size: (H, W).
         """
-        view = self.view(seed, epoch, images.official_size).of(images.positions.cpu())
+        view = self.view(seed, epoch, images.official_size).of(images.positions)
         if not self.mixes:
             return EpochView(view, None)
         return EpochView(view, drawn_mix(images, size, seed, epoch, self.mixup, self.cutmix))

@@ -64,9 +64,12 @@ def predictions(
     device = images.labels.device
     mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in data.statistics())
     batch = max(1, EVAL_PIXELS[device.type] // math.prod(data.shape[1:]))
-    shares = list(torch.arange(len(images), device=device)[rank::workers].split(batch))
+    shares, read = (
+        list(torch.arange(len(images), device=where)[rank::workers].split(batch))
+        for where in (device, images.read_from)
+    )
     network.eval()
-    for mine, pixels in zip(shares, images.read(shares), strict=True):
+    for mine, pixels in zip(shares, images.read(read), strict=True):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = network((pixels.to(device).float() - mean) / std)
         yield logits.float(), images.labels[mine]
@@ -93,9 +96,8 @@ def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -
     table = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
     table.index_add_(1, bins, torch.stack([torch.ones_like(first), confidence, first]))
     nll = -log_p.gather(1, labels[:, None]).sum()
-    heads = torch.stack(
-        [nll.new_tensor(float(len(labels))), first.sum(), top.any(dim=1).double().sum(), nll]
-    )
+    count = nll.new_full((), len(labels))
+    heads = torch.stack([count, first.sum(), top.any(dim=1).double().sum(), nll])
     sums = torch.cat([heads, table.flatten()])
     if teacher is None:
         return sums

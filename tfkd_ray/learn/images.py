@@ -127,21 +127,23 @@ class ImageSet:
         """Return uint8 [N, C, H, W]; a copy if `stored` holds other images too."""
         return self.stored if self.rows is None else self.stored[self.rows]
 
+    @property
+    def read_from(self) -> torch.device:
+        """Return the device on which `read` takes indices without a wait."""
+        return self.stored.device
+
     def part(self, index: Tensor) -> ImageSet:
         """Return the images at some indices."""
-        rows = index if self.rows is None else self.rows[index]
-        return ImageSet(
-            self.stored, self.labels[index], self.positions[index], self.official_size, rows
-        )
+        here, positions = index.to(self.labels.device), self.positions[index.cpu()]
+        rows = here if self.rows is None else self.rows[here]
+        return ImageSet(self.stored, self.labels[here], positions, self.official_size, rows)
 
     def on(self, device: torch.device) -> ImageSet:
-        """Return the set on a device, images included."""
+        """Return the set on a device, images included, but for the positions: the host draws by them."""
         if device.type == "cpu":
             return self
         images = self.images.to(device)
-        return ImageSet(
-            images, self.labels.to(device), self.positions.to(device), self.official_size
-        )
+        return ImageSet(images, self.labels.to(device), self.positions, self.official_size)
 
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, uint8 [B, C, H, W]; `crops` is unused."""
@@ -172,6 +174,13 @@ class FolderSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def read_from(self) -> torch.device:
+        """Return the device on which `read` takes indices without a wait: files are read by the host."""
+        import torch
+
+        return torch.device("cpu")
+
     def part(self, index: Tensor) -> FolderSet:
         """Return the images at some indices."""
         files = tuple(self.files[i] for i in index.tolist())
@@ -181,7 +190,7 @@ class FolderSet:
 
     def on(self, device: torch.device) -> FolderSet:
         """Return the set with labels and positions on a device; images are read on the CPU."""
-        return replace(self, labels=self.labels.to(device), positions=self.positions.to(device))
+        return replace(self, labels=self.labels.to(device))
 
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, uint8 [B, 3, S, S], on the CPU.

@@ -217,15 +217,18 @@ def train(
 
                 # 7. Validation: each worker takes its share, without padding
                 val_sums, guesses = _validate(student, val_set, lessons, config, keep=bool(others))
-                of_average = _average_metrics(average, val_set, lessons, config)
+                average_sums = _average_sums(average, val_set, lessons, config)
             if workers > 1:
-                dist.all_reduce(sums)
-                dist.all_reduce(val_sums)
+                for part in filter(len, (sums, val_sums, average_sums)):
+                    dist.all_reduce(part)
+            # the one wait of an epoch for the device
+            sums, val_sums, average_sums, norms = _on_host(sums, val_sums, average_sums, norms)
 
             # 8. Metrics
             metrics = {"epoch": float(epoch + 1)}
             metrics |= _loss_metrics(config, objective, terms, sums / count, norms)
-            metrics |= {} if val_set is None else metrics_from(val_sums) | of_average
+            metrics |= {} if val_set is None else metrics_from(val_sums)
+            metrics |= {} if not len(average_sums) else _average_metrics(average_sums)
             metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
             _check_finite(metrics, soft, objective)
             if val_set is not None and others:
@@ -415,7 +418,7 @@ class _Lessons:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
         if self._of_val is None and self._parts:
             found = [part.of_validation(images, rank, workers) for part in self._parts]
-            self._of_val = found[0]
+            self._of_val = found[0].to(self.device)
             if len(found) > 1:
                 self._of_val = self._combined([z.to(self.device).float() for z in found])
         return self._of_val
@@ -496,10 +499,12 @@ class _Lesson:
             key, self._count, self._config.data.num_classes, self._asking(seen)
         )
         self._of_train = found.to(self.device)
+        self._rest()
         if self._layers and key != self._rows_of:
             numbers = numbers_of(self._layers)
             rows = self._bank.features(key, self._count, list(self._layers), numbers, ask_layers)
             self._rows, self._rows_of = rows.to(self.device), key
+            self._rest()
 
     def _asking(self, seen: _Seen) -> Callable[[nn.Module, Tensor], Tensor]:
         """Return the function that gives a network's logits of the images at some indices."""
@@ -516,6 +521,11 @@ class _Lesson:
             batches = list(index.to(self.device).split(self._config.optim.batch_size))
             for images in seen(batches):
                 yield network(images).float()
+
+    def _rest(self) -> None:
+        """Give back the memory of a teacher that has filled the bank, and is not run in steps."""
+        if self._bank is not None and self._online is None:
+            self._bank.rest()
 
     @property
     def banked(self) -> bool:
@@ -564,13 +574,15 @@ class _Lesson:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
 
         def ask(network: nn.Module, index: Tensor) -> Tensor:
-            asked, bf16 = images.part(index.to(self.device)), self._config.precision == "bf16"
+            asked, bf16 = images.part(index), self._config.precision == "bf16"
             found = predictions(self._placed(network), asked, self._config.data, bf16=bf16)
             return torch.cat([logits for logits, _ in found])
 
         if self._bank is not None:
             view, classes = {"split": "val"}, self._config.data.num_classes
-            return self._bank.logits(view, len(images), classes, ask)[rank::workers]
+            found = self._bank.logits(view, len(images), classes, ask)
+            self._rest()
+            return found[rank::workers]
         assert self._online is not None, f"{self._bank=}"
         return ask(self._online, torch.arange(len(images))[rank::workers])
 
@@ -940,7 +952,7 @@ def _validate(
     bf16 = config.precision == "bf16"
     judged = predictions(student, val_set, config.data, rank=rank, workers=workers, bf16=bf16)
     for guess, labels in judged:
-        theirs = None if soft is None else soft[at : at + len(guess)].to(lessons.device)
+        theirs = None if soft is None else soft[at : at + len(guess)]
         at += len(guess)
         sums = sums + metric_sums(guess, labels, theirs)
         if keep:
@@ -948,17 +960,31 @@ def _validate(
     return sums, kept
 
 
-def _average_metrics(
+def _average_sums(
     average: Average | None, val_set: Images | None, lessons: _Lessons, config: TrainConfig
-) -> dict[str, float]:
-    """Return the metrics of the averaged weights on validation; every worker gets the same."""
+) -> Tensor:
+    """Return the sums of `metric_sums` of the averaged weights over this worker's share; [0] if off."""
     if average is None or val_set is None:
-        return {}
-    sums, _ = _validate(average.network, val_set, lessons, config, keep=False)
-    if _workers_and_rank()[0] > 1:
-        dist.all_reduce(sums)
+        return torch.zeros(0, dtype=torch.float64, device=lessons.device)
+    return _validate(average.network, val_set, lessons, config, keep=False)[0]
+
+
+def _average_metrics(sums: Tensor) -> dict[str, float]:
+    """Return the metrics of the averaged weights on validation, from their sums."""
     found = metrics_from(sums)
     return {f"val_ema_{name}": found[f"val_{name}"] for name in ("accuracy", "nll", "ece")}
+
+
+def _on_host(
+    sums: Tensor, val_sums: Tensor, average_sums: Tensor, norms: list[_Norms]
+) -> tuple[Tensor, Tensor, Tensor, list[_Norms]]:
+    """Return copies of an epoch's sums, float64, and norms, float32, on the CPU, by one transfer."""
+    of_pieces = [found for found in norms if found is not None]
+    values = [sums, val_sums, average_sums, *(both for _, both in of_pieces)]
+    together = torch.cat([value.double() for value in values]).cpu()
+    loss, val, average, *both = together.split([len(value) for value in values])
+    counts = (count for count, _ in of_pieces)
+    return loss, val, average, [*zip(counts, (x.float() for x in both), strict=True)]
 
 
 def _check_finite(metrics: dict[str, float], soft: Tensor | None, objective: Canonical) -> None:
@@ -1275,7 +1301,7 @@ def epoch_order(images: Images, seed: int, epoch: int) -> Tensor:
     depend on the rest of the split.
     """
     priority = torch.randperm(images.official_size, generator=generator(seed, "order", epoch))
-    return priority[images.positions.cpu()].argsort()
+    return priority[images.positions].argsort()
 
 
 def split_batches(order: Tensor, batch_size: int, workers: int) -> list[Tensor]:

@@ -116,7 +116,7 @@ def drawn_mix(
     """
     import torch
 
-    count, positions = images.official_size, images.positions.cpu()
+    count, positions = images.official_size, images.positions
     g = generator(seed, "mix", epoch)
     place = torch.randperm(count, generator=g)[positions]
     coins, down, right = torch.rand(3, count, generator=g)[:, positions]

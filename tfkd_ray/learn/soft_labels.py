@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -162,7 +163,7 @@ class Bank:
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
         # the view, and as much again for its parts
         if not self._has_room(4 * count * columns):
-            return _together([kept(compute(self.network(), chunk)) for chunk in chunks.values()])
+            return _together([kept(self._asked(compute, chunk)) for chunk in chunks.values()])
         for wait in (False, True):  # first the free chunks, then the locked ones
             for k in chunks.keys() - parts.keys():
                 part, mine = path.with_suffix(f".{k}"), about | {"part": str(k)}
@@ -174,7 +175,7 @@ class Bank:
                     if done is None and (whole := _read(path, about)) is not None:
                         return whole  # the others have finished and removed the parts
                     if done is None:
-                        done = kept(compute(self.network(), chunks[k]))
+                        done = kept(self._asked(compute, chunks[k]))
                         self._write(part, _view_bytes(done, mine))
                     parts[k] = done
         with _locked_file(self._folder / "lock-whole", wait=True):
@@ -190,6 +191,15 @@ class Bank:
                     with contextlib.suppress(OSError):
                         path.with_suffix(f".{k}").unlink(missing_ok=True)
         return whole
+
+    def _asked(self, compute: Compute, chunk: Tensor) -> Tensor:
+        """Return the teacher's numbers of the images at some indices, on the CPU."""
+        return compute(self.network(), chunk).cpu()
+
+    def rest(self) -> None:
+        """Move the teacher, if it was needed, off the GPU: it may not be needed for long."""
+        if self._network is not None:
+            self._network.cpu()
 
     def _has_room(self, size: int) -> bool:
         """Return whether the bank has room, after removing unused files; else report it."""
@@ -305,6 +315,7 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
         with safe_open(path, "pt") as file:
             said = dict(file.metadata() or {})
             logits: Tensor = file.get_tensor("logits")
+        facts = path.stat()
     except (OSError, SafetensorError):
         return None
     checksum = said.pop("sha256", None)
@@ -313,12 +324,22 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
         raise ValueError(
             f"{path}: soft labels of another {' and '.join(wrong)}; delete it, and it is made again"
         )
-    if _checksum(logits) != checksum:
-        warnings.warn(f"{path}: damaged (its checksum does not fit); computed again", stacklevel=2)
-        return None
+    content = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    if content not in _intact:
+        if _checksum(logits) != checksum:
+            warnings.warn(
+                f"{path}: damaged (its checksum does not fit); computed again", stacklevel=2
+            )
+            return None
+        _intact.add(content)
     with contextlib.suppress(OSError):
-        os.utime(path)  # marks it as recently used
+        # marks it as recently used; the time of its content stays
+        os.utime(path, ns=(time.time_ns(), facts.st_mtime_ns))
     return logits
+
+
+_intact: set[tuple[int, ...]] = set()
+"""Files whose checksum fitted in this process, by device, inode, size and time of their content."""
 
 
 def _different(said: dict[str, str], about: dict[str, str]) -> Iterator[str]:
@@ -334,7 +355,7 @@ def _different(said: dict[str, str], about: dict[str, str]) -> Iterator[str]:
 def _make_room(folder: Path, size: int) -> None:
     """Remove the longest unused files until `size` more bytes fit within the limit."""
     files = [
-        (facts.st_mtime, facts.st_size, file)
+        (facts.st_atime, facts.st_size, file)
         for file in folder.glob("[0-9a-f]*")
         if (facts := _facts(file))
     ]
