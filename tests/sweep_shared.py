@@ -58,6 +58,7 @@ class OnCpu(StudentTrial):
 def main() -> None:
     storage, space = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.environ.pop("RAY_ADDRESS", None)
+    ours.check_gpus = lambda: None  # they exist only for Ray
     (storage / "notes").mkdir(parents=True)
     kind = "accelerator_type:"
     head = {

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,22 @@ import torch
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
+from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.run.callbacks import Losses
-from tfkd_ray.run.connect import give_larger_share
+from tfkd_ray.run.connect import forget_lessons, give_larger_share
 from tfkd_ray.run.epochs import is_out_of_memory
+from tfkd_ray.run.trial import resources_of
+from tfkd_ray.settings.schema import validated
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import read_records
+
+
+@pytest.fixture(autouse=True)
+def _no_lesson_left() -> Iterator[None]:
+    """Leave no share of a GPU that the sweeps of other tests would begin with."""
+    yield
+    forget_lessons()
+
 
 SWEEP = """
 import json, os, sys
@@ -40,7 +52,7 @@ class Full(StudentTrial):
         self._epochs = limited()
 
 ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
-ours.StudentTrial = Full
+ours.StudentTrial, ours.check_gpus = Full, lambda: None
 tree = {"objective": "ce", "student": "mlp", "epochs": 3, "gpus_per_worker": 0.25, "checkpoint_every_s": 0,
         "optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 2, "stopping": sys.argv[2], "max_failures": int(sys.argv[3])}}
 results = ours.build_tuner(tree, name="e", storage=sys.argv[1]).fit()
@@ -112,6 +124,33 @@ def test_a_trial_that_ends_for_good_is_given_no_larger_share(
         and trial.max_failures == failures
     )
     assert not (tmp_path / "out_of_memory").exists()
+
+
+def test_what_one_trial_learns_of_a_gpus_memory_the_rest_of_the_sweep_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later trials begin with the share that was enough; a next sweep with its own."""
+    monkeypatch.setattr("tfkd_ray.run.trial.shunning", lambda request: request)
+    tree = {"objective": "ce", "student": "mlp", "gpus_per_worker": 0.2}
+    config = validated(TrainConfig, tree)
+
+    def share_of_next() -> float:
+        return float(resources_of(config).required_resources["GPU"])
+
+    forget_lessons()
+    assert share_of_next() == 0.2
+    trial = Trial(
+        "x", stub=True, config={SECTION: Assignment("t0", 9, directory=tmp_path).section()}
+    )
+    trial.placement_group_factory = resources_of(config)
+    for enough in (0.5, 1.0):
+        now = trial.placement_group_factory.required_resources["GPU"]
+        (tmp_path / "out_of_memory").write_text(str(now))
+        give_larger_share(trial)
+        assert share_of_next() == enough
+        assert trial.placement_group_factory.required_resources == {"CPU": 1, "GPU": enough}
+    forget_lessons()
+    assert share_of_next() == 0.2
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,15 @@ from tfkd_ray.run.connect import (
     ray_temp_dir,
     remove_group,
 )
-from tfkd_ray.run.nodes import Mark, Node, shared_memory, unshared, versions_of_node, visit
+from tfkd_ray.run.nodes import (
+    Mark,
+    Node,
+    gpu_troubles,
+    shared_memory,
+    unshared,
+    versions_of_node,
+    visit,
+)
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.store.storage import Mirror, Storage
 
@@ -94,6 +102,7 @@ def examine(
     yield from check_sockets({node.name: node.socket for node in there})
     yield from check_shared_memory({node.name: (node.shm, node.object_store) for node in there})
     yield from check_storage(storage, there)
+    yield from check_gpus(gpu_troubles())
     yield from check_trials(shape)
     yield from check_groups(reap=reap)
 
@@ -273,6 +282,19 @@ def check_storage(storage: Storage | None, nodes: Sequence[Node]) -> Iterator[Fo
     yield from (Found("problem", "storage", unshared(node, storage)) for node in wrong)
     if not wrong:
         yield Found("ok", "storage", f"{storage} is one directory for {len(nodes)} nodes")
+
+
+def check_gpus(looked_at: dict[str, str | None]) -> Iterator[Found]:
+    """Check that torch multiplies on a GPU of each kind.
+
+    Args:
+        looked_at: what is wrong with the GPUs of nodes, by the nodes' names; None: nothing.
+    """
+    for name, trouble in looked_at.items():
+        if trouble is not None:
+            yield Found("problem", "gpu", f"{name}: {trouble}")
+    if looked_at and not any(looked_at.values()):
+        yield Found("ok", "gpu", f"torch multiplies on {len(looked_at)} of {len(looked_at)} kinds")
 
 
 def check_trials(shape: TrainConfig | None) -> Iterator[Found]:

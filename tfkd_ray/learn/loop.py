@@ -49,6 +49,7 @@ from tfkd_ray.learn.features import (
     outputs_of,
     tapped_student,
 )
+from tfkd_ray.learn.gpu import why_no_gpu
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
 from tfkd_ray.learn.initial import factors_by_depth, set_training
 from tfkd_ray.learn.mixing import Mixed
@@ -723,7 +724,7 @@ def _device_of(config: TrainConfig) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RuntimeError(
-            f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here"
+            f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here: {why_no_gpu()}"
         )
     return torch.device("cuda", torch.cuda.current_device())
 

@@ -20,6 +20,8 @@ from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.run.connect import (
     BROKEN_GPU,
     found_broken,
+    object_store_here,
+    on_this_node,
     room_for,
     short_share,
     shun,
@@ -562,8 +564,13 @@ class SoftLabels(Listener):
 
     def on_begin(self) -> None:
         if not started_here():
-            memory = int(ray.cluster_resources().get("object_store_memory", 0) / 4)
-            self._shelf = ray.remote(Shelf).options(name=self._name, num_cpus=0).remote(memory)
+            # all views lie in the store of the shelf's node, and trials there need some of it
+            limit = object_store_here() // 3
+            beside = on_this_node()
+            shelf = ray.remote(Shelf).options(
+                name=self._name, num_cpus=0, scheduling_strategy=beside
+            )
+            self._shelf = shelf.remote(limit)
 
     def on_close(self, trials: Sequence[Any]) -> None:
         if self._shelf is not None:

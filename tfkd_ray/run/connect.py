@@ -21,6 +21,7 @@ from ray.job_config import JobConfig
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tfkd_ray.learn.config import DRIVER as DRIVER
 from tfkd_ray.learn.config import KIND, RAYS_OWN, TrainConfig
@@ -156,22 +157,41 @@ OUT_OF_MEMORY = "out_of_memory"
 """File in a trial's folder: the share of a GPU whose memory was not enough for it."""
 
 
+_least_share = 0.0
+"""Share of a GPU that trials of this process's sweep get at least: a smaller one was not enough."""
+
+
 def give_larger_share(trial: Any) -> None:
     """Halve the number of trials that share a GPU with a failed trial if it ran out of memory.
+
+    All later trials of the sweep get this share, too; see `enlarged`. Those that Tune has queued
+    already keep theirs: Tune finds them by it.
 
     Args:
         trial: a trial of Ray Tune that has ended with an error and is not pending again yet.
     """
-    if (
-        trial.status == Trial.RUNNING
-    ):  # `max_failures` is reached, so Tune will not restart it; reported by `Losses`
+    global _least_share
+    share = short_share(trial) if _goes_on(trial) else None
+    if share is None:
         return
-    share = short_share(trial)
-    if share is not None:
-        neighbours = max(1, int(1 / share + 1e-6) // 2)
-        bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
-        trial.update_resources(PlacementGroupFactory([bundle]))
-        trial.max_failures += trial.max_failures >= 0  # do not count this as a loss
+    neighbours = max(1, int(1 / share + 1e-6) // 2)
+    _least_share = max(_least_share, 1 / neighbours)
+    trial.update_resources(enlarged(trial.placement_group_factory))
+    trial.max_failures += trial.max_failures >= 0  # do not count this as a loss
+
+
+def _goes_on(trial: Any) -> bool:
+    """Return whether Tune restarts a failed trial; it leaves one without failures left RUNNING."""
+    return bool(trial.status != Trial.RUNNING)
+
+
+def enlarged(request: PlacementGroupFactory) -> PlacementGroupFactory:
+    """Return a request with at least the share of a GPU that trials of this sweep need."""
+    share = request.required_resources.get("GPU", 0)
+    if not 0 < share < _least_share:
+        return request
+    bundle = {**request.required_resources, "GPU": _least_share}
+    return PlacementGroupFactory([bundle])
 
 
 def short_share(trial: Any) -> float | None:
@@ -198,9 +218,14 @@ def shun(node: str) -> None:
     _shunned.add(node)
 
 
-def shun_nobody() -> None:
-    """Clear the excluded nodes at the start of a sweep: a node may have been repaired."""
+def forget_lessons() -> None:
+    """Forget excluded nodes and shares of GPUs at the start of a sweep.
+
+    A node may have been repaired, and another sweep may need less memory.
+    """
+    global _least_share
     _shunned.clear()
+    _least_share = 0.0
 
 
 def label_selectors(avoid: Iterable[str], bundles: int) -> dict[str, Any]:
@@ -240,13 +265,24 @@ def _left_by(trial: Any, name: str) -> Any:
 def send_elsewhere(trial: Any) -> None:
     """Restart a lost trial off the excluded nodes and the one whose GPU failed it, if possible."""
     broken = found_broken(trial)
-    goes_on = trial.status != Trial.RUNNING  # Tune has queued it again
-    if goes_on and (broken is not None or _shunned):
+    if _goes_on(trial) and (broken is not None or _shunned):
         avoid = sorted(_shunned | ({broken["node"]} if broken else set()))
         trial.config[SECTION] = replace(assigned(trial), avoid=tuple(avoid)).section()
         trial.update_resources(
             shunning(trial.placement_group_factory, broken["node"] if broken else None)
         )
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that places an actor beside this process, and not on a node that may go."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def object_store_here() -> int:
+    """Return the size in bytes of the object store of this process's node."""
+    here = ray.get_runtime_context().get_node_id()
+    about = next((node for node in ray.nodes() if node["NodeID"] == here), {"Resources": {}})
+    return int(about["Resources"].get("object_store_memory", 0))
 
 
 _started: list[str] = []

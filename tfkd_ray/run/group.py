@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.dataset import seal_test_split
 from tfkd_ray.learn.loop import Diverged
-from tfkd_ray.run.connect import label_selectors
+from tfkd_ray.run.connect import label_selectors, on_this_node
 from tfkd_ray.run.epochs import (
     COLLECTIVE_TIMEOUT_S,
     COMMAND_TIMEOUT,
@@ -130,7 +130,10 @@ class WorkerGroup:
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800"
         )  # a node may have to be started first
         desk = ray.remote(_Desk).options(
-            num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env}
+            num_cpus=0,
+            max_concurrency=16,
+            runtime_env={"env_vars": env},
+            scheduling_strategy=on_this_node(),
         )
         self._desk = desk.remote(self._config.tree, str(self._folder), own_code.here(), avoid)
 

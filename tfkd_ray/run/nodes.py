@@ -11,6 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tfkd_ray.learn.config import KIND
+from tfkd_ray.learn.gpu import gpu_trouble
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.store.experiment import read_text
@@ -18,6 +20,8 @@ from tfkd_ray.store.storage import Directory, Mirror, Storage
 
 NODE_S = 30
 """Maximum time for a node to answer."""
+GPU_SHARE = 0.001
+"""Share of a GPU that a look at it takes: it must not wait for one that is free."""
 
 
 @dataclass
@@ -127,6 +131,48 @@ def _look(folder: str | None, word: str | None, node: str, mirror: Mirror | None
         except OSError as error:
             wrong = f"cannot use it ({error.strerror})"
     return {"versions": versions_of_node(), "shm": shared_memory(), "storage": wrong, "node": node}
+
+
+def gpu_troubles() -> dict[str, str | None]:
+    """Return what is wrong with the GPUs of the nodes, one of each kind; None: they multiply.
+
+    Nodes are of one kind if they declare the same GPUs. A node whose GPUs are all in use is left
+    out: what uses them has found them good.
+    """
+    kinds: dict[tuple[Any, ...], Any] = {}
+    for about in ray.nodes():
+        declared = about["Resources"]
+        if about["Alive"] and declared.get("GPU"):
+            named = sorted(name for name in declared if name.startswith(KIND))
+            kinds.setdefault((declared["GPU"], *named), about)
+    tasks = {}
+    for about in kinds.values():
+        pinned = NodeAffinitySchedulingStrategy(about["NodeID"], soft=False)
+        task = ray.remote(gpu_trouble).options(
+            num_cpus=0, num_gpus=GPU_SHARE, scheduling_strategy=pinned, max_retries=0
+        )
+        tasks[task.remote()] = f"{about['NodeManagerAddress']} ({about['NodeID'][:8]})"
+    done, late = (
+        ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_S) if tasks else ([], [])
+    )
+    for task in late:
+        ray.cancel(task, force=True)
+    return {tasks[task]: _answer(task) for task in done}
+
+
+def _answer(task: Any) -> str | None:
+    try:
+        found: str | None = ray.get(task)
+    except ray.exceptions.RayError as error:
+        return f"cannot run a task: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+    return found
+
+
+def check_gpus() -> None:
+    """Raise if the GPUs of a node cannot be used: all trials there would fail, at once."""
+    wrong = [f"{name}: {trouble}" for name, trouble in gpu_troubles().items() if trouble]
+    if wrong:
+        raise ConfigError(wrong, "GPU")
 
 
 def versions_of_node() -> dict[str, str]:

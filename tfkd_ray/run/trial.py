@@ -20,7 +20,7 @@ from ray import tune
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.dataset import seal_test_split
-from tfkd_ray.run.connect import DRIVER, OUT_OF_MEMORY, shunning
+from tfkd_ray.run.connect import DRIVER, OUT_OF_MEMORY, enlarged, shunning
 from tfkd_ray.run.epochs import (
     Metrics,
     check_metrics,
@@ -49,7 +49,7 @@ def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
     """Return the resources of a trial's own process; Ray Train reserves its workers'."""
     if config.workers > 1:
         return tune.PlacementGroupFactory([{DRIVER: 0.01}])
-    return shunning(tune.PlacementGroupFactory([config.worker_resources]))
+    return shunning(enlarged(tune.PlacementGroupFactory([config.worker_resources])))
 
 
 class StudentTrial(tune.Trainable):  # type: ignore[misc]

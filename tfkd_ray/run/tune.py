@@ -39,15 +39,15 @@ from tfkd_ray.run.callbacks import (
 from tfkd_ray.run.connect import (
     check_room,
     connect,
+    forget_lessons,
     give_larger_share,
     grows_for,
     keep_keys_at_home,
     room_for,
     send_elsewhere,
-    shun_nobody,
 )  # fmt: skip
 from tfkd_ray.run.epochs import check_data_here
-from tfkd_ray.run.nodes import check_shared
+from tfkd_ray.run.nodes import check_gpus, check_shared
 from tfkd_ray.run.priors import prior_trials
 from tfkd_ray.run.searcher import (
     OptunaSearcher,
@@ -497,9 +497,11 @@ def prepare(
     for note in config.try_own_code() if notes is None else notes:
         print(f"note: {note}", file=sys.stderr)
     connect(workers=config.workers)
-    shun_nobody()
+    forget_lessons()
     check_room(config)
     check_shared(storage)
+    if config.gpus_per_worker:
+        check_gpus()
 
 
 class TeacherFailed(RuntimeError):
@@ -798,7 +800,7 @@ def assemble(
     os.environ.update(_TUNE_SETTINGS)
     experiment = experiment.absolute()
     keep_keys_at_home()
-    shun_nobody()
+    forget_lessons()
     at_once, searcher, room = (
         tune_config.max_concurrent_trials,
         tune_config.search_alg,

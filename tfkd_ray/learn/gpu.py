@@ -1,0 +1,76 @@
+"""Whether torch can use a GPU of this process, and why not."""
+
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+
+def why_no_gpu() -> str:
+    """Return the reason, as the end of a sentence, why torch sees no GPU in this process."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build on this node"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty, so this process got none"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: {_advice(said)}"
+    return "the driver lists no device; see nvidia-smi there"
+
+
+def _advice(said: str) -> str:
+    """Return the first sentence of what torch says, with a way out for an old driver."""
+    first = said.split(". ")[0].rstrip(".")
+    if "too old" in said:
+        return f"{first}; update the driver (CUDA 13 needs 580 or later), or install a torch for its CUDA"
+    return first
+
+
+def gpu_trouble() -> str | None:
+    """Return what is wrong with the GPU of this process; None if it multiplies correctly.
+
+    It is compared with the architectures of torch's build, and multiplies one matrix.
+    """
+    if not torch.cuda.is_available():
+        return f"torch sees no GPU: {why_no_gpu()}"
+    name = torch.cuda.get_device_name()
+    capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not has_code_for(capability, built_for):
+        major, minor = capability
+        return (
+            f"{name} has compute capability {major}.{minor}, and torch {torch.__version__} has code for "
+            f"{', '.join(built_for)}; install another torch, or use another GPU"
+        )
+    try:
+        ones = torch.ones(64, 64, device="cuda")
+        found = (ones @ ones).sum().item()
+    except RuntimeError as error:
+        return f"{name} cannot multiply: {str(error).strip().splitlines()[0]}"
+    if found != 64.0**3:
+        return f"{name} multiplies wrongly: {found:g} in place of {64**3}; it may be broken"
+    return None
+
+
+def has_code_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Return whether a build of torch has code for a compute capability (major, minor).
+
+    `sm_80` runs on 8.0 and later of the same major version, `compute_90` on 9.0 and all later ones.
+    An `a` at the end means that exact one.
+    """
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        exact = number.endswith("a")
+        digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
+        made = int(digits[:-1]), int(digits[-1])
+        if made == capability:
+            return True
+        if exact or made > capability:
+            continue
+        if kind == "compute" or made[0] == capability[0]:
+            return True
+    return False
