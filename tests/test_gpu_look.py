@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tfkd_ray.launch.doctor import check_gpus as of_doctor
+from tfkd_ray.launch.doctor import check_gpus_of_nodes as of_doctor
 from tfkd_ray.learn import gpu
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.gpu import gpu_trouble, has_code_for, why_no_gpu
@@ -135,7 +135,7 @@ def test_one_node_of_each_kind_is_looked_at_and_a_busy_one_is_left_out(
         return {"NodeID": name, "NodeManagerAddress": name, "Alive": True, "Resources": declared}
 
     kind = {"accelerator_type:L4": 1.0}
-    there = [node("head", CPU=4), node("a", GPU=4), node("b", GPU=4), node("c", GPU=4, **kind)]
+    there = [node("1d", CPU=4), node("aa", GPU=4), node("bb", GPU=4), node("cc", GPU=4, **kind)]
     asked: list[dict[str, Any]] = []
 
     class Task:
@@ -148,13 +148,13 @@ def test_one_node_of_each_kind_is_looked_at_and_a_busy_one_is_left_out(
 
     monkeypatch.setattr(nodes.ray, "nodes", lambda: there)
     monkeypatch.setattr(nodes.ray, "remote", lambda function: Task())
-    monkeypatch.setattr(nodes.ray, "wait", lambda tasks, **more: (["a"], ["c"]))
+    monkeypatch.setattr(nodes.ray, "wait", lambda tasks, **more: (["aa"], ["cc"]))
     monkeypatch.setattr(nodes.ray, "get", lambda task: f"{task} is wrong")
     cancelled: list[Any] = []
     monkeypatch.setattr(nodes.ray, "cancel", lambda task, **more: cancelled.append(task))
-    assert nodes.gpu_troubles() == {"a (a)": "a is wrong"}
-    assert cancelled == ["c"] and {s["num_gpus"] for s in asked} == {nodes.GPU_SHARE}
-    assert [s["scheduling_strategy"].node_id for s in asked] == ["a", "c"]
+    assert nodes.gpu_troubles() == {"aa (aa)": "aa is wrong"}
+    assert cancelled == ["cc"] and {s["num_gpus"] for s in asked} == {nodes.GPU_SHARE}
+    assert [s["scheduling_strategy"].node_id for s in asked] == ["aa", "cc"]
 
 
 def test_shared_soft_labels_lie_on_the_drivers_node_in_a_third_of_its_store(

@@ -102,7 +102,7 @@ def examine(
     yield from check_sockets({node.name: node.socket for node in there})
     yield from check_shared_memory({node.name: (node.shm, node.object_store) for node in there})
     yield from check_storage(storage, there)
-    yield from check_gpus(gpu_troubles())
+    yield from check_gpus_of_nodes(gpu_troubles())
     yield from check_trials(shape)
     yield from check_groups(reap=reap)
 
@@ -284,7 +284,7 @@ def check_storage(storage: Storage | None, nodes: Sequence[Node]) -> Iterator[Fo
         yield Found("ok", "storage", f"{storage} is one directory for {len(nodes)} nodes")
 
 
-def check_gpus(looked_at: dict[str, str | None]) -> Iterator[Found]:
+def check_gpus_of_nodes(looked_at: dict[str, str | None]) -> Iterator[Found]:
     """Check that torch multiplies on a GPU of each kind.
 
     Args:

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -1206,7 +1206,8 @@ def compiled(student: nn.Module, config: TrainConfig, images: int) -> nn.Module:
         _COMPILED.clear()
     _COMPILED[kind] = _graphs_of_run(config)
     graphs = config.gpus_per_worker and config.workers == 1
-    return torch.compile(student, dynamic=False, mode="reduce-overhead" if graphs else None)
+    mode = "reduce-overhead" if graphs else None
+    return cast(nn.Module, torch.compile(student, dynamic=False, mode=mode))
 
 
 def _telling_of_compilers(model: nn.Module, config: TrainConfig) -> Callable[[Tensor], Tensor]:

@@ -35,6 +35,6 @@ class Stopwatch:
         """Return the time between start and stop; the device must have come to the stop."""
         if self._on_gpu:
             start, end = self._events
-            return start.elapsed_time(end) / 1000
+            return float(start.elapsed_time(end)) / 1000
         start_s, end_s = self._times
         return end_s - start_s

@@ -281,8 +281,8 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 def object_store_here() -> int:
     """Return the size in bytes of the object store of this process's node."""
     here = ray.get_runtime_context().get_node_id()
-    about = next((node for node in ray.nodes() if node["NodeID"] == here), {"Resources": {}})
-    return int(about["Resources"].get("object_store_memory", 0))
+    found = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+    return int(found[0].get("object_store_memory", 0)) if found else 0
 
 
 _started: list[str] = []
