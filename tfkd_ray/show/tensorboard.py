@@ -834,7 +834,7 @@ def _who_has(
     column: str, names: Mapping[str, str], common: frozenset[str], branches: Sequence[Branch]
 ) -> tuple[bool, list[Any]]:
     """Return whether every trial has a value in a column, and the values of those that fix it."""
-    filled = []
+    filled: list[Any] = []
     for branch in branches:
         searched = [p for p in branch.parameters if names[p.name] == column]
         if any(p.within is None for p in searched):
