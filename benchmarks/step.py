@@ -1,7 +1,7 @@
 """Time a training step beside other loops with the same networks and images, on one thread.
 
     python benchmarks/step.py [--student resnet18] [--teacher resnet50] [--batch 64] [--rounds 7] [--steps 6]
-                              [--profile] [--gpu]
+                              [--loops NAME,NAME] [--cpu-time] [--profile] [--gpu]
 
 Every loop trains the same student with batches of images of 32x32 in 100 classes (synthetic files
 in CIFAR-100's format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps`
@@ -17,6 +17,9 @@ images a second, and the ratio to this package's loop.
     bare        forward, backward and optimizer of the same net on one batch that stays: what cannot be saved
     ours adamw, bare adamw   both with torch's fused AdamW
     ours ema    with an average of the weights, which validation of no images does not judge
+
+`--loops "ours adamw,bare adamw"` runs these alone, and compares with the first. `--cpu-time` counts the process's CPU
+seconds, where other jobs share the core.
 
 `--profile` instead prints, by torch's profiler, the operations in which our step takes longer than
 bare.
@@ -54,6 +57,8 @@ BATCH = 64
 K, T, ALPHA = 100, 4.0, 0.9
 ON_GPU = False
 """True with --gpu: all loops run on the first CUDA device."""
+CPU_TIME = False
+"""True with --cpu-time: CPU seconds of this process instead of those of the clock."""
 Round = Iterator[float]
 """Yields the seconds an image of `steps` steps on each request."""
 
@@ -66,7 +71,7 @@ def now() -> float:
     """Return seconds after the device has finished its work."""
     if ON_GPU:
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if CPU_TIME else time.perf_counter()
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
@@ -147,8 +152,14 @@ def ours(case: Case, rounds: int, folder: Path, **changes: Any) -> Round:
         fill = config.model_copy(update={"epochs": rounds})
         for _ in train(fill, teacher=bank):
             pass
-    for epoch in train(config, teacher=bank):  # on a GPU its own events take the time
-        yield 1 / epoch.metrics["images_per_s"]
+    images = case.steps * BATCH
+    epochs = train(config, teacher=bank)
+    while True:
+        start = now()
+        metrics = next(epochs).metrics
+        cpu_seconds = (now() - start) / images  # with all that an epoch does beside its steps
+        # on a GPU the epoch's own events take the time
+        yield cpu_seconds if CPU_TIME else 1 / metrics["images_per_s"]
 
 
 def endless(loader: Any) -> Iterator[Any]:
@@ -325,8 +336,10 @@ def measure(loops: dict[str, Round], rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict[str, Round]:
-    """Return all loops that can run here, by name."""
+def loops_of(
+    case: Case, teacher: str | None, rounds: int, folder: Path, only: list[str]
+) -> dict[str, Round]:
+    """Return the loops that can run here, by name: all, or those of `only`, in its order."""
     precision = case.config().precision
     makers: dict[str, Callable[[], Round]] = {
         "ours": lambda: ours(case, rounds, folder),
@@ -350,9 +363,11 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
         plain = {"objective": {"name": "ce"}, "teacher": None}
         makers["ours ce"] = lambda: ours(case, rounds, folder, **plain)
     found = {}
-    for name, make in makers.items():
+    for name in only or makers:
+        if name not in makers:
+            continue
         try:
-            loop = make()
+            loop = makers[name]()
             next(loop)
             found[name] = loop
         except ImportError as error:
@@ -401,11 +416,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--loops", default="", help="names, with commas between them")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--gpu", action="store_true", help="on the first CUDA device")
     args = parser.parse_args()
-    global ON_GPU, BATCH
-    ON_GPU, BATCH = args.gpu, args.batch
+    global ON_GPU, BATCH, CPU_TIME
+    ON_GPU, BATCH, CPU_TIME = args.gpu, args.batch, args.cpu_time
+    only = [name for name in args.loops.split(",") if name]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -423,12 +441,14 @@ def main() -> None:
             if args.profile:
                 print_profile(case, folder / "bank")
                 continue
-            found = measure(loops_of(case, teacher, args.rounds + 2, folder / "bank"), args.rounds)
+            loops = loops_of(case, teacher, args.rounds + 2, folder / "bank", only)
+            found = measure(loops, args.rounds)
             for loop, seconds in found.items():
-                ratio = [s / o for s, o in zip(seconds, found["ours"], strict=True)]
+                first = next(iter(found))
+                ratio = [s / o for s, o in zip(seconds, found[first], strict=True)]
                 print(
                     f"  {loop:14} {1 / statistics.median(seconds):8.1f} images/s   takes "
-                    f"{statistics.median(ratio):6.3f} of ours (rounds {min(ratio):.3f} to {max(ratio):.3f})",
+                    f"{statistics.median(ratio):6.3f} of {first} (rounds {min(ratio):.3f} to {max(ratio):.3f})",
                     flush=True,
                 )
 
