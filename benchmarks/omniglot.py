@@ -414,12 +414,12 @@ def word(claim: Claim, lead: Paired) -> str:
 
 
 def tables(storage: Path) -> Iterator[str]:
-    """Yield the table of arms and that of the claims, for each part that has begun to end."""
+    """Yield the table of arms and that of the claims, for each part whose first comparison has ended."""
     for part in PARTS:
         found = ended(storage, part.stages)
         of_claims = {name for claim in part.claims for name in (claim.arm, claim.over)}
         arms = {name: one for name, one in found.items() if name in of_claims}
-        if arms:
+        if ended(storage, part.stages[:1]):
             yield f"## {part.title}"
             yield ""
             yield from table_of_arms(arms)
