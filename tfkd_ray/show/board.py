@@ -31,7 +31,7 @@ with warnings.catch_warnings():  # of a package that TensorBoard carries with it
 BY_OBJECTIVE = r"^(?:.*/)?(?:t\d+-)?(.+?)(?:-s\d+)?$"
 """Finds the objective, or the arm, in the name of a run; runs of the same one have one colour."""
 RUNNING = "running"
-_START = metadata.SESSION_START_INFO_TAG
+_SESSION_START = metadata.SESSION_START_INFO_TAG
 PAGES = "index.js"
 CHANGES = {
     '<vaadin-grid-column flex-grow="2" width="10em"': '<vaadin-grid-column flex-grow="1" width="6em"',
@@ -130,7 +130,7 @@ class _WithStatus(backend_context.Context):  # type: ignore[misc]
 
     def hparams_metadata(self, *args: Any, **options: Any) -> dict[str, dict[str, bytes]]:
         found = super().hparams_metadata(*args, **options)
-        statuses = {run: _status(tags) for run, tags in found.items() if _START in tags}
+        statuses = {run: _status(tags) for run, tags in found.items() if _SESSION_START in tags}
         listed = sorted(set(statuses.values()))
         return {run: _with_status(tags, statuses.get(run), listed) for run, tags in found.items()}
 
@@ -152,9 +152,9 @@ def _with_status(
     """Return a run's summaries with its status, and with a column for `listed` ones."""
     changed = {}
     if status is not None:
-        data = HParamsPluginData.FromString(tags[_START])
+        data = HParamsPluginData.FromString(tags[_SESSION_START])
         data.session_start_info.hparams[STATUS].string_value = status
-        changed[_START] = data.SerializeToString()
+        changed[_SESSION_START] = data.SerializeToString()
     if metadata.EXPERIMENT_TAG in tags:
         data = HParamsPluginData.FromString(tags[metadata.EXPERIMENT_TAG])
         column = data.experiment.hparam_infos.add(name=STATUS, type=api_pb2.DATA_TYPE_STRING)

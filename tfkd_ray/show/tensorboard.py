@@ -731,7 +731,7 @@ def common_settings(parameters: Sequence[Parameter]) -> frozenset[str]:
     kinds: dict[str, set[str]] = {}
     for p in parameters:
         if p.name in settings:
-            kinds.setdefault(settings[p.name], set()).add(_kind_of(p.domain))
+            kinds.setdefault(settings[p.name], set()).add(_type_of_column(p.domain))
     others = {p.name.split(".", 1)[-1] for p in parameters if p.name not in settings}
     return frozenset(s for s, found in kinds.items() if len(found) == 1 and s not in others)
 
@@ -743,7 +743,7 @@ def column_names(parameters: Sequence[Parameter]) -> dict[str, str]:
     return short_names(parameters) | shared
 
 
-def _kind_of(domain: Domain) -> str:
+def _type_of_column(domain: Domain) -> str:
     return _kind(domain.values) if isinstance(domain, Choices) else "number_value"
 
 
@@ -752,7 +752,7 @@ def _kinds(parameters: Sequence[Parameter], columns: Mapping[str, str]) -> dict[
     listed = [p for p in parameters if isinstance(p.domain, Choices)]
     kinds: dict[str, str] = {}
     for p in listed:
-        kind = _kind_of(p.domain)
+        kind = _type_of_column(p.domain)
         kinds |= {p.name: kind, columns[p.name]: kind}
     return kinds
 
