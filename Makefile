@@ -75,7 +75,7 @@ demo: $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.runs)
 
 test: $(VENV)/.installed
 	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on three processes, two of which have a Ray cluster"
-	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 3 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist zsh fish
 test-tools: $(VENV)/.installed
@@ -87,7 +87,7 @@ test-docs: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m docs $(ARGS)
 
 test-fast: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'not ray and not slow and not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -m 'not ray and not slow and not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)
@@ -96,7 +96,7 @@ test-faults: $(VENV)/.installed
 		-m '' -k 'that_dies or loses_a_node or switched_off or ctrl_c or release' $(ARGS)
 
 test-faults-short: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'fault and not slow' -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -m 'fault and not slow' -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 MINUTES ?= 30
 soak: $(VENV)/.installed

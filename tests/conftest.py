@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ DATA_SETS = {str(tag(kind)): kind for kind in leaves(Data)}
 """Every kind of data set by its name."""
 AT_ONCE = [key for key in SELECTABLE if not SCORES[key].usual]
 """The metrics that validation calculates only where a search asks for them."""
-RAY_HALVES_AT = "test_own"
+RAY_HALVES_AT = "test_own_loop"
 """The files before this name take about as long with Ray as those after it."""
+
+SERVED = {"warm", "tfkd", "forkserver", "bucket"}
+"""Fixtures that start a server of some seconds."""
 
 torch.set_num_threads(1)
 _capabilities = torch.cpu.get_capabilities()
@@ -87,8 +90,14 @@ def _no_home_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Yield the beginning of a command whose process has its imports behind it, for example `-m tfkd_ray`."""
-    with warm_server(tmp_path_factory.mktemp("warm")):
+    """Yield the beginning of a command whose process has its imports behind it, for example `-m tfkd_ray`.
+
+    All processes of pytest-xdist share one server.
+    """
+    folder, end_with = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder, end_with = folder.parent, os.getppid()
+    with warm_server(folder, end_with):
         yield [sys.executable, "-S", str(ROOT / "tests/warm.py")]
 
 
@@ -99,7 +108,11 @@ def of_faults(item: pytest.Item) -> bool:
 
 @contextlib.contextmanager
 def warm_workers() -> Iterator[None]:
-    """Make a node of Ray that starts here begin its workers with tests/warm.py."""
+    """Make a node of Ray that starts here begin its workers with tests/warm.py.
+
+    It starts neither an autoscaler nor a monitor of logs: no test of it asks for nodes or for the
+    output of workers.
+    """
     from ray._private.parameter import RayParams
 
     before = RayParams.update_if_absent
@@ -107,6 +120,8 @@ def warm_workers() -> Iterator[None]:
     def updated(self: Any, **usual: Any) -> None:
         if "setup_worker_path" in usual:
             usual["setup_worker_path"] = str(ROOT / "tests/warm.py")
+            usual["include_log_monitor"] = False
+            self.no_monitor = True
         before(self, **usual)
 
     RayParams.update_if_absent = updated
@@ -142,34 +157,48 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a GPU; give tests with Ray two processes with a cluster each.
+    """Mark what fixtures imply, skip tests marked `gpu` without a GPU, and form groups for pytest-xdist.
 
-    Tests that begin processes with imports are slow: the first waits for the server of these.
+    Tests that need a server which takes seconds to start are slow: the first waits for it. Tests
+    with Ray come first, as two groups with a cluster each. The others are grouped by file, or by the
+    server that they use, so that each server, module fixture and large import is paid once.
     """
     faults = 0
     for item in items:
         names = getattr(item, "fixturenames", ())
         if "ray_cluster" in names:
             item.add_marker(pytest.mark.ray)
-        if ("warm" in names or "tfkd" in names) and not of_faults(item):
+        if not of_faults(item) and not SERVED.isdisjoint(names):
             item.add_marker(pytest.mark.slow)
+        group = "forkserver" if "forkserver" in names else item.path.stem
         if item.get_closest_marker("ray"):
             second = item.path.name >= RAY_HALVES_AT
             if of_faults(item):
                 faults += 1
                 second = bool(faults % 2)
-            item.add_marker(pytest.mark.xdist_group("ray-2" if second else "ray-1"))
+            group = "ray-2" if second else "ray-1"
+        item.add_marker(pytest.mark.xdist_group(group))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without garbage collections: what is imported stays, and each would take 1.5 s.
+
+    What is there at the end is left out of later ones, too.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fail if pytest-xdist ignores groups (3.8 with pytest 9.2): each process starts a Ray.
-
-    Leave what has been imported out of garbage collections, each of which would take 1.5 s.
-    """
-    gc.collect()
-    gc.freeze()
+    """Fail if pytest-xdist ignores groups (3.8 with pytest 9.2): each process starts a Ray."""
     if getattr(session.config.option, "loadgroup", False):
         apart = [
             item.nodeid
@@ -234,6 +263,7 @@ def is_whole(export: Path) -> bool:
     return found.returncode == 0 and names == {path.name for path in export.iterdir()}
 
 
+@pytest.fixture(scope="session")
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """Return a way to start processes that have torch and the loop imported."""
     context = multiprocessing.get_context("forkserver")
@@ -243,10 +273,17 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def as_two_workers(function: Callable[..., None], *given: Any) -> None:
-    """Call a function in two processes, with their ranks and what is given."""
-    forkserver()
-    torch.multiprocessing.start_processes(function, given, nprocs=2, start_method="forkserver")
+TwoWorkers = Callable[..., None]
+
+
+@pytest.fixture
+def as_two_workers(forkserver: object) -> TwoWorkers:
+    """Return a function that calls another in two processes, with their ranks and what is given."""
+
+    def run(function: Callable[..., None], *given: Any) -> None:
+        torch.multiprocessing.start_processes(function, given, nprocs=2, start_method="forkserver")
+
+    return run
 
 
 def train_as_worker(

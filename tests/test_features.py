@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_two_workers, train_as_worker
+from conftest import ROOT, TwoWorkers, train_as_worker
 from test_loop import numbers, same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -355,9 +355,8 @@ TWO = {
 
 
 @pytest.mark.parametrize("name, features, changes", TWO.values(), ids=TWO)
-@pytest.mark.slow
 def test_two_workers_agree_with_one_on_a_projector(
-    name: str, features: Any, changes: dict[str, Any], tmp_path: Path
+    name: str, features: Any, changes: dict[str, Any], tmp_path: Path, as_two_workers: TwoWorkers
 ) -> None:
     run = run_of(name, features, **{**MLP, **changes})
     one = last_of(run, teacher_of(run)).state()

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision  # type: ignore[import-untyped]
-from conftest import Run, as_two_workers, train_as_worker
+from conftest import Run, TwoWorkers, train_as_worker
 from safetensors.torch import save_file
 from test_loop import numbers, same
 from test_weights import hub as hub  # a fixture
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from tfkd_ray.learn import loop
@@ -72,6 +70,14 @@ def saved(network: nn.Module, path: Path) -> str:
     return str(path)
 
 
+def of_timm(name: str, **settings: Any) -> nn.Module:
+    """Return a network of timm, whose import takes seconds."""
+    import timm
+
+    network: nn.Module = timm.create_model(name, **settings)
+    return network
+
+
 def cnn(num_classes: int = 10, widths: tuple[int, ...] = (4, 8)) -> nn.Module:
     with seeded(7, "file"):
         network = Cnn(widths=widths).build((1, 8, 8), num_classes)
@@ -118,17 +124,17 @@ FORMATS: dict[str, tuple[Network, tuple[int, int, int], Callable[[int], nn.Modul
     "vit of timm": (
         Timm(model="test_vit"),
         (3, 160, 160),
-        lambda k: timm.create_model("test_vit", num_classes=k),
+        lambda k: of_timm("test_vit", num_classes=k),
     ),
     "resnet of timm": (
         Timm(model="test_resnet"),
         (3, 160, 160),
-        lambda k: timm.create_model("test_resnet", num_classes=k),
+        lambda k: of_timm("test_resnet", num_classes=k),
     ),
     "convnext of timm": (
         Timm(model="test_convnext"),
         (3, 160, 160),
-        lambda k: timm.create_model("test_convnext", num_classes=k),
+        lambda k: of_timm("test_convnext", num_classes=k),
     ),
 }
 """Students, and the networks that made the file: names of torchvision and of timm."""
@@ -193,7 +199,7 @@ def test_wrappers_prefixes_and_safetensors_are_read_as_for_a_teacher(tmp_path: P
             "The file begins with 1.weight, 1.bias, 3.weight, and the network with 0.weight, 1.weight, 1.bias",
         ),
         (
-            lambda: timm.create_model("test_resnet"),
+            lambda: of_timm("test_resnet"),
             "The file begins with conv1.0.weight, conv1.1.weight, conv1.1.bias, and the network with 0.weight, 1.weight, 1.bias",
         ),
     ],
@@ -289,7 +295,7 @@ def test_weights_that_were_trained_on_other_statistics_are_noted() -> None:
 
 
 def test_timms_own_weights_are_loaded_but_for_its_head(tmp_path: Path) -> None:
-    original = timm.create_model("test_vit", num_classes=5)
+    original = of_timm("test_vit", num_classes=5)
     file = saved(original, tmp_path / "of-timm.pth")
     args: dict[str, Any] = {"pretrained_cfg_overlay": {"file": file, "num_classes": 5}}
     network, shape = Timm(model="test_vit", args=args), (3, 160, 160)
@@ -318,6 +324,8 @@ def test_timms_own_weights_are_loaded_but_for_its_head(tmp_path: Path) -> None:
 def test_what_timm_has_no_weights_for_is_said(
     network: Network, shape: Any, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import timm
+
     student = network.build(shape, 10)
     create = timm.create_model
 
@@ -507,8 +515,9 @@ def test_a_wrong_freeze_is_refused_by_check_in_every_choice(
     )
 
 
-@pytest.mark.slow
-def test_two_workers_with_frozen_parts_train_as_one(tmp_path: Path) -> None:
+def test_two_workers_with_frozen_parts_train_as_one(
+    tmp_path: Path, as_two_workers: TwoWorkers
+) -> None:
     """Frozen parameters are no missing gradients; a frozen BatchNorm is the same for all workers."""
     run = config(student={"name": "cnn", "widths": [6]}, freeze=STEM, optim={"batch_size": 64})
     one = last_of(run).state()
@@ -576,8 +585,10 @@ def test_the_depth_of_a_parameter_is_the_place_of_its_block() -> None:
 
 def test_the_factors_are_those_of_timm_but_for_the_last_norm_of_a_vit() -> None:
     """As in BEiT's code, the last norm belongs to the head; timm counts it with the last block."""
+    from timm.optim import param_groups_layer_decay
+
     with torch.device("meta"):
-        network = timm.create_model("vit_tiny_patch16_224")
+        network = of_timm("vit_tiny_patch16_224")
     name_of = {parameter: name for name, parameter in network.named_parameters()}
     ours = factors_by_depth(network, network, 0.7)
     theirs = {
@@ -802,7 +813,7 @@ def test_new_networks_are_as_large_as_timms(network: Network, name: str) -> None
         return sum(p.numel() for p in module.parameters())
 
     with torch.device("meta"):
-        assert count(network.build((3, 224, 224), 1000)) == count(timm.create_model(name))
+        assert count(network.build((3, 224, 224), 1000)) == count(of_timm(name))
 
 
 def test_new_networks_fit_their_patches_to_the_images() -> None:

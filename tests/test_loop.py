@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import AT_ONCE, as_two_workers
+from conftest import AT_ONCE, TwoWorkers
 from torch import Tensor, nn
 
 from tfkd_ray.learn import loop
@@ -458,8 +458,9 @@ AGREE = [CrossEntropy(), TfkdReg(alpha=0.5, temperature=4.0)]
 
 
 @pytest.mark.parametrize("objective", AGREE, ids=lambda o: o.name)
-@pytest.mark.slow
-def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> None:
+def test_two_workers_agree_with_one(
+    objective: CrossEntropy, tmp_path: Path, as_two_workers: TwoWorkers
+) -> None:
     """No batch statistics, no dropout: 1,151 images in batches of 64 leave a last batch of 63."""
     c = config(
         objective=objective.model_dump(),
@@ -513,9 +514,8 @@ def _worker_that_tells(rank: int, folder: str, tree: dict[str, Any]) -> None:
     [("test_models:odd", {"kind": "auxiliary"}, "True"), (f"{__name__}:plain", {}, "False")],
     ids=["a head that only training uses", "all is used"],
 )
-@pytest.mark.slow
 def test_two_workers_agree_with_one_on_an_own_network_and_look_for_missing_gradients_where_needed(
-    path: str, args: dict[str, str], looks: str, tmp_path: Path
+    path: str, args: dict[str, str], looks: str, tmp_path: Path, as_two_workers: TwoWorkers
 ) -> None:
     student = {"name": "own", "path": path, "args": args}
     c = config(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OBJECTIVES, as_two_workers
+from conftest import OBJECTIVES, TwoWorkers
 from test_folder import write_folder
 from test_loop import _worker, numbers, same
 from torch import Tensor
@@ -334,8 +334,7 @@ def test_a_teacher_is_trained_on_the_mixes_of_the_run() -> None:
     assert run.fingerprint() != plain.fingerprint()
 
 
-@pytest.mark.slow
-def test_two_workers_agree_with_one(tmp_path: Path) -> None:
+def test_two_workers_agree_with_one(tmp_path: Path, as_two_workers: TwoWorkers) -> None:
     c = config(augment=EVERY["all"], objective="tfkd_reg", optim={"batch_size": 64})
     one = list(train(c))[-1].state()
     as_two_workers(_worker, str(tmp_path), c.model_dump(mode="json"))

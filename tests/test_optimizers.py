@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import as_two_workers
+from conftest import TwoWorkers
 from test_loop import numbers, same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -340,8 +340,9 @@ def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
     os._exit(0)  # as in test_loop
 
 
-@pytest.mark.slow
-def test_two_workers_in_pieces_agree_with_one_without(tmp_path: Path) -> None:
+def test_two_workers_in_pieces_agree_with_one_without(
+    tmp_path: Path, as_two_workers: TwoWorkers
+) -> None:
     """Gradients of two workers are added in the last piece alone."""
     run = {
         "optim": {"name": "adamw", "batch_size": 48, "clip_norm": 0.5},

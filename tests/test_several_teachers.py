@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, as_two_workers, train_as_worker
+from conftest import Run, TwoWorkers, train_as_worker
 from safetensors.torch import load_file
 from test_loop import numbers, same
 from torch import Tensor, nn
@@ -200,8 +200,9 @@ def test_the_state_of_a_run_with_other_shares_is_refused() -> None:
         next(train(other, state, teacher=networks(other)))
 
 
-@pytest.mark.slow
-def test_two_workers_agree_with_one_on_two_teachers(tmp_path: Path) -> None:
+def test_two_workers_agree_with_one_on_two_teachers(
+    tmp_path: Path, as_two_workers: TwoWorkers
+) -> None:
     run = config()
     one = last_of(run, networks(run)).state()
     as_two_workers(train_as_worker, str(tmp_path), run.model_dump(mode="json"), networks)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import forkserver
 
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.config import TeacherConfig, TeacherRun, TrainConfig
@@ -119,11 +118,11 @@ def _train(storage: Path, times: "multiprocessing.Queue[int]") -> None:
     times.put(count)
 
 
-@pytest.mark.slow
-def test_two_processes_train_it_once(tmp_path: Path) -> None:
-    context = forkserver()
-    epochs: multiprocessing.Queue[int] = context.Queue()
-    both = [context.Process(target=_train, args=(tmp_path, epochs)) for _ in range(2)]
+def test_two_processes_train_it_once(
+    tmp_path: Path, forkserver: multiprocessing.context.ForkServerContext
+) -> None:
+    epochs: multiprocessing.Queue[int] = forkserver.Queue()
+    both = [forkserver.Process(target=_train, args=(tmp_path, epochs)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import OBJECTIVES, as_two_workers
+from conftest import OBJECTIVES, TwoWorkers
 from PIL import Image
 from test_folder import write_folder
 from test_loop import numbers, same
@@ -465,10 +465,9 @@ def _worker_in_float64(rank: int, folder: str, tree: dict[str, Any]) -> None:
     os._exit(0)  # see test_loop.py
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ratio, pieces", [(0.02, 3), (0.78, 1)])
 def test_two_workers_agree_with_one(
-    ratio: float, pieces: int, tmp_path: Path, in_float64: None
+    ratio: float, pieces: int, tmp_path: Path, in_float64: None, as_two_workers: TwoWorkers
 ) -> None:
     """With one unlabelled image a step, the second worker has none."""
     optim = {"batch_size": 50, "lr": 0.01, "accumulate": pieces}

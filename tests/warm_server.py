@@ -13,12 +13,12 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from warm import MOST_BYTES, WARM
 
 IMPORTS = (
@@ -43,29 +43,35 @@ _READ_BY_IMPORTS = {
 
 
 @contextlib.contextmanager
-def warm_server(folder: Path) -> Iterator[None]:
-    """Run the server, with its socket in a folder."""
+def warm_server(folder: Path, end_with: int) -> Iterator[None]:
+    """Use the server that has its socket in a folder; start it if none has.
+
+    The server ends with the process `end_with`.
+    """
     path = str(folder / "warm")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(path)
-        listener.listen(100)
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(listener.fileno())],
-            stdin=subprocess.PIPE, pass_fds=[listener.fileno()],
-            env={**os.environ, **_READ_BY_IMPORTS, "RAY_RAYLET_PID": str(os.getpid())},
-        )  # fmt: skip
+    with FileLock(f"{path}.lock"):
+        if not Path(path).exists():
+            _start(path, end_with)
     os.environ[WARM] = path
     yield
     del os.environ[WARM]
-    assert process.stdin is not None
-    process.stdin.close()
-    process.wait()
 
 
-def requests(listener: socket.socket) -> dict[str, Any]:
+def _start(path: str, end_with: int) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(100)
+        listener.set_inheritable(True)
+        command = [sys.executable, __file__, str(listener.fileno()), str(end_with)]
+        env = {**os.environ, **_READ_BY_IMPORTS, "RAY_RAYLET_PID": str(end_with)}
+        os.posix_spawn(sys.executable, command, env)
+
+
+def requests(listener: socket.socket, user: int) -> dict[str, Any]:
     """Fork a process for each request, in which this returns the request.
 
-    The server ends with its standard input.
+    Args:
+        user: file descriptor of the process with which the server ends.
     """
     asked: dict[int, socket.socket] = {}
     ended, end = os.pipe()
@@ -73,8 +79,8 @@ def requests(listener: socket.socket) -> dict[str, Any]:
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(end)
     while True:
-        ready, _, _ = select.select([0, ended, listener, *asked.values()], [], [])
-        if 0 in ready:
+        ready, _, _ = select.select([user, ended, listener, *asked.values()], [], [])
+        if user in ready:
             os._exit(0)
         if ended in ready:
             os.read(ended, 1000)
@@ -93,7 +99,7 @@ def requests(listener: socket.socket) -> dict[str, Any]:
             signal.set_wakeup_fd(-1)
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
-            for number in (ended, end, *streams):
+            for number in (user, ended, end, *streams):
                 os.close(number)
             for connection in (listener, client, *asked.values()):
                 connection.close()
@@ -167,5 +173,6 @@ def import_all() -> None:
 
 
 if __name__ == "__main__":
+    user = os.pidfd_open(int(sys.argv[2]))
     import_all()
-    begin(**requests(socket.socket(fileno=int(sys.argv[1]))))
+    begin(**requests(socket.socket(fileno=int(sys.argv[1])), user))
