@@ -521,12 +521,12 @@ def test_a_sweep_without_a_number_of_trials_ends_with_its_budget_and_goes_on_wit
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "e.yaml").write_text(FILE.replace("5000", "3"))
-    words = ["search.num_samples=null", "--cpu-hours", "0.001"]
+    words = ["search.num_samples=null", "--cpu-hours", "0.0004"]
     assert main(["tune", "e.yaml", "--name", "e", "--storage", ".", *words]) == 0
     out, _ = capsys.readouterr()
-    said = r"^ended: search\.cpu_hours: [0-9.]+ of 0\.001 h are reached; resume with:"
+    said = r"^ended: search\.cpu_hours: [0-9.]+ of 0\.0004 h are reached; resume with:"
     assert re.search(said, out, re.M) and "next:" in out and "--add-trials" not in out, out
     begun = len(read_records(tmp_path / "e"))
     assert begun > 1 and status(tmp_path / "e")["state"] == "finished"
-    assert main(["resume", "e", "--cpu-hours", "0.001"]) == 0
+    assert main(["resume", "e", "--cpu-hours", "0.0004"]) == 0
     assert len(read_records(tmp_path / "e")) > begun

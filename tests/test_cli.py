@@ -398,8 +398,9 @@ def test_a_path_in_a_command_that_is_shown_is_one_word_of_it(tmp_path: Path) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.docs
 def test_the_main_job_on_real_digits(ray_cluster: str, tfkd: Run, here: Path) -> None:
-    """The whole shipped space, piped: 24 trials, six for each objective, within 90 s."""
+    """The sweep of the README as it stands there, piped: 24 trials, six for each objective, within 90 s."""
     start = time.monotonic()
     run = tfkd("tune", "digits_tfkd", "--name", "main", cwd=here)
     assert run.returncode == 0, run.stderr
@@ -551,7 +552,7 @@ def outcome(experiment: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.ray
 def test_a_driver_killed_with_9_loses_nothing(
-    ray_cluster: str, tfkd_inside: Run, here: Path
+    ray_cluster: str, tfkd_inside: Run, warm: list[str], here: Path
 ) -> None:
     """With one trial at a time, the resumed sweep equals an undisturbed one, bit by bit."""
     settings = [
@@ -561,7 +562,7 @@ def test_a_driver_killed_with_9_loses_nothing(
         "search.max_concurrent=1",
     ]
     build_tuner(load_space("mine.yaml", settings), name="whole", storage="tfkd_results").fit()
-    command = [sys.executable, "-m", "tfkd_ray", "tune", "mine.yaml", "--name", "killed", *settings]
+    command = [*warm, "-m", "tfkd_ray", "tune", "mine.yaml", "--name", "killed", *settings]
     with subprocess.Popen(
         command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as driver:

@@ -135,8 +135,9 @@ READING = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "surroundings",
-    [{"COLUMNS": "20"}, {"COLUMNS": "0"}, {"COLUMNS": "wide"}, {"NO_COLOR": "1", "TERM": "dumb"}, {"HOME": "/proc/nowhere"}, {"HOME": None, "XDG_CACHE_HOME": None}, {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}],
-    ids=["narrow", "no width", "no number of columns", "no color", "HOME cannot be written", "no HOME", "ASCII"],
+    [{"COLUMNS": "20", "NO_COLOR": "1", "TERM": "dumb", "HOME": None, "XDG_CACHE_HOME": None},
+     {"COLUMNS": "0", "HOME": "/proc/nowhere"}, {"COLUMNS": "wide", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}],
+    ids=["narrow, no color, no HOME", "no width, HOME cannot be written", "no number of columns, ASCII"],
 )  # fmt: skip
 def test_commands_do_not_depend_on_their_surroundings(
     surroundings: dict[str, str | None], tmp_path: Path
@@ -301,9 +302,9 @@ progress._draw(force=True)
 """
 
 
-@pytest.mark.slow
-def test_no_color_is_respected_on_a_terminal(tmp_path: Path) -> None:
-    view = [sys.executable, "-c", LIVE_VIEW, str(Path(__file__).parent)]
+def test_no_color_is_respected_on_a_terminal(tmp_path: Path, warm: list[str]) -> None:
+    (tmp_path / "view.py").write_text(LIVE_VIEW)
+    view = [*warm, str(tmp_path / "view.py"), str(Path(__file__).parent)]
     for name in ("coloured", "plain"):
         (tmp_path / name).mkdir()
     assert COLOUR.search(on_a_terminal(view, tmp_path / "coloured")), (

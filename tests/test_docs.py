@@ -218,6 +218,7 @@ def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: 
 
 
 @pytest.mark.ray
+@pytest.mark.docs
 def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tuner(
     ray_cluster: str, tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tune
 
 
 @pytest.mark.ray
+@pytest.mark.docs
 def test_the_dictionary_of_the_page_is_searched_in_a_plain_tuner_as_it_stands_there(
     ray_cluster: str, tmp_path: Path
 ) -> None:

@@ -184,19 +184,16 @@ def test_without_a_cluster_this_machine_is_looked_at(
 
 @pytest.mark.ray
 def test_a_cluster_is_looked_at_and_a_leaked_group_is_removed(
-    ray_cluster: str, tfkd: Run, tmp_path: Path
+    ray_cluster: str, tfkd: Run, warm: list[str], tmp_path: Path
 ) -> None:
     leak = (
         "import ray\n"
         f"ray.init('{ray_cluster}', log_to_driver=False)\n"
         "g = ray.util.placement_group([{'CPU': 1}], lifetime='detached'); ray.get(g.ready())\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", leak],
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
-        check=True,
-        timeout=60,
-    )
+    (tmp_path / "leak.py").write_text(leak)
+    env = {**os.environ, "RAY_AUTH_MODE": "token"}
+    subprocess.run([*warm, "leak.py"], cwd=tmp_path, env=env, check=True, timeout=60)
     (tmp_path / "mine.yaml").write_text(SPACE)
     (tmp_path / "large.yaml").write_text(SPACE + "workers: 4\ncpus_per_worker: 2\n")
 

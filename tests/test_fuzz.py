@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm  # noqa: F401  # a model may be of it, and the first import takes seconds, of which a file has two
 import yaml
 from conftest import ARMS, ROOT, SHIPPED
 from hypothesis import HealthCheck, settings
@@ -40,6 +39,14 @@ often = settings(
     suppress_health_check=list(HealthCheck),
 )
 """For tests by hypothesis, here and in other files."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _timm() -> None:
+    """Import what a model may be of: it takes seconds, of which a file has two."""
+    import timm  # noqa: F401
+
+
 CLUSTERS = [p for p in sorted((ROOT / "clusters").glob("*.yaml")) if "\n---" not in p.read_text()]
 SCRIPTS = [
     ROOT / "clusters" / "slurm.sh",

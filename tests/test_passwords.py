@@ -62,15 +62,15 @@ MISSPELT = {
 
 
 @pytest.mark.parametrize("url", URLS.values(), ids=URLS)
-@pytest.mark.parametrize("password", ODD.values(), ids=ODD)
-def test_no_part_of_an_odd_password_is_shown(url: str, password: str) -> None:
-    whole = url.replace("{}", password)
-    assert (
-        CANARY not in masked(whole)
-        and masked(masked(whole)) == masked(whole)
-        and "***" in masked(whole)
-    )
-    assert CANARY not in masked(f"search={{storage: '{whole}', num_samples: 3}}")
+def test_no_part_of_an_odd_password_is_shown(url: str) -> None:
+    shown = []
+    for password in ODD.values():
+        whole = url.replace("{}", password)
+        once = masked(whole)
+        within = masked(f"search={{storage: '{whole}', num_samples: 3}}")
+        if CANARY in once + within or masked(once) != once or "***" not in once:
+            shown.append(whole)
+    assert shown == []
 
 
 @pytest.mark.parametrize("password", ODD.values(), ids=ODD)
@@ -226,12 +226,13 @@ def test_a_wrong_command_line_is_told_without_it(
     assert "error" in told.err and CANARY not in told.out + told.err
 
 
-@pytest.mark.parametrize("name", ["blank", "hash", "quote", "brace", "unicode", "encoded"])
 def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same(
-    name: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """The restarted process gets all words, and hides them from everyone, its children included."""
-    words = ["--study-storage", f"postgresql://me:{ODD[name]}@host/db", "a b"]
+    words = ["a b"]
+    for name in ("blank", "hash", "quote", "brace", "unicode", "encoded"):
+        words += ["--study-storage", f"postgresql://me:{ODD[name]}@host/db"]
     code = (
         "import json, os, subprocess, sys; from pathlib import Path; from tfkd_ray.cli.main import _given_words; words = _given_words(); "
         "print(json.dumps([words, Path('/proc/self/cmdline').read_text(), sys.argv, "
@@ -242,7 +243,11 @@ def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same
         [sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, check=True
     )
     given, shown, argv, env_below = json.loads(done.stdout)
-    assert given == words and CANARY not in shown + env_below + " ".join(argv) and "***" in shown
+    assert (
+        given == words
+        and CANARY not in shown + env_below + " ".join(argv)
+        and shown.count("***") == 6
+    )
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def removed(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS, ids=name_of)
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_hangs_fails_or_shows_another_file(

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -27,7 +28,7 @@ import torch
 from conftest import ROOT, Run
 from packaging.requirements import Requirement
 from test_damage import RELEASE, Reached, reads
-from test_layers import PACKAGE
+from test_layers import PACKAGE, parsed
 from test_report import make_comparison
 from test_storage import postgres  # noqa: F401
 
@@ -48,20 +49,20 @@ from tfkd_ray.store.experiment import read_experiment, read_records
 
 # --- what the package may call -----------------------------------------------------------------------------------
 
-TREES = {
-    path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
+ALL = [
+    path.relative_to(PACKAGE).with_suffix("").as_posix() for path in sorted(PACKAGE.rglob("*.py"))
+]
 RUN_CODE = {"eval", "exec", "compile", "__import__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
+@functools.cache
 def calls() -> list[tuple[str, str, ast.Call]]:
     """Return (module, called name as written, call) for the whole package."""
     nodes = [
         (module, node)
-        for module, tree in TREES.items()
-        for node in ast.walk(tree)
+        for module in ALL
+        for node in ast.walk(parsed(module))
         if isinstance(node, ast.Call)
     ]
     return [(module, ast.unparse(node.func), node) for module, node in nodes]
@@ -127,8 +128,8 @@ def test_yaml_is_read_by_the_safe_loader_alone() -> None:
 def test_nothing_is_unpickled_and_no_text_is_run() -> None:
     used = {
         ast.unparse(n)
-        for tree in TREES.values()
-        for n in ast.walk(tree)
+        for module in ALL
+        for n in ast.walk(parsed(module))
         if isinstance(n, ast.Attribute)
     }
     assert {name for name in used if re.match(r"_?pickle\.", name)} == {
@@ -137,14 +138,14 @@ def test_nothing_is_unpickled_and_no_text_is_run() -> None:
     }
     bases = [
         ast.unparse(b)
-        for tree in TREES.values()
-        for n in ast.walk(tree)
+        for module in ALL
+        for n in ast.walk(parsed(module))
         if isinstance(n, ast.ClassDef)
         for b in n.bases
     ]
     assert bases.count("pickle.Unpickler") == 1  # files.ArraysOnly
-    for module, tree in TREES.items():
-        for node in ast.walk(tree):
+    for module in ALL:
+        for node in ast.walk(parsed(module)):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & PICKLES, module
@@ -429,6 +430,7 @@ def places_of(words: dict[str, str], folders: list[Path]) -> list[tuple[str, Pat
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.tools
 @pytest.mark.timeout(180)
 def test_no_secret_is_written_anywhere(
     postgres: str,  # noqa: F811
@@ -655,15 +657,15 @@ def test_our_own_code_binds_to_loopback_alone() -> None:
     hosts = [(module, host) for module, host in places if host is not None]
     assert {module for module, _ in hosts} == {"cli/show", "launch/verbs", "show/follow"}, hosts
     assert all(host.strip("'") in LOOPBACK for _, host in hosts), hosts
-    for module, tree in TREES.items():
+    for module in ALL:
         words = [
             n.value
-            for n in ast.walk(tree)
+            for n in ast.walk(parsed(module))
             if isinstance(n, ast.Constant) and isinstance(n.value, str)
         ]
         for word in ("0.0.0.0", "::", "[::]"):
             assert word not in words, module
-        lists = [n.elts for n in ast.walk(tree) if isinstance(n, ast.List | ast.Tuple)]
+        lists = [n.elts for n in ast.walk(parsed(module)) if isinstance(n, ast.List | ast.Tuple)]
         for elements in lists:
             for option, host in itertools.pairwise(elements):
                 if isinstance(option, ast.Constant) and option.value in (
@@ -672,7 +674,7 @@ def test_our_own_code_binds_to_loopback_alone() -> None:
                     "--dashboard-host",
                 ):
                     assert ast.unparse(host).strip("'") in LOOPBACK, (module, ast.unparse(host))
-        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        for call in (n for n in ast.walk(parsed(module)) if isinstance(n, ast.Call)):
             for option in ("host", "dashboard_host", "bind_all"):
                 host = keywords(call).get(option, "'localhost'").strip("'")
                 assert host in LOOPBACK or not _starts_a_server(call), (module, ast.unparse(call))
