@@ -13,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo torch test test-fast test-tools test-docs test-docs-and-tools test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check docs docs-outputs ci format clean
+.PHONY: help demo torch test test-fast test-tools test-docs test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check docs docs-outputs ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -143,14 +143,11 @@ docs: $(VENV)/.docs
 docs-outputs: $(VENV)/.installed
 	@$(BIN)/python docs/outputs.py $(ARGS)
 
-# the tests of faults wait much: beside them others have a processor
+# the tests of faults and of clusters wait much: beside them others have a processor; those of
+# clusters run `ray stop`, which ends every Ray of this machine, and those of the browser use none
 ci: check docs test
-	@$(MAKE) --jobs 2 --output-sync=target test-faults-short test-docs-and-tools
-	@$(MAKE) test-cluster-short test-browser
-
-test-docs-and-tools:
-	@$(MAKE) test-docs
-	@$(MAKE) test-tools
+	@$(MAKE) --jobs 2 --output-sync=target test-docs test-faults-short test-tools
+	@$(MAKE) --jobs 2 --output-sync=target test-cluster-short test-browser
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true
