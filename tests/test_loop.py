@@ -714,7 +714,9 @@ def _compiled_worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_several_workers_compile_the_student_before_ddp_wraps_it(tmp_path: Path) -> None:
+def test_several_workers_compile_the_student_before_ddp_wraps_it(
+    tmp_path: Path, as_two_workers: TwoWorkers
+) -> None:
     """Gradients of the compiled one are those of the plain one; DDP broadcasts no buffers in steps."""
     states = []
     for how in ("on", "off"):
