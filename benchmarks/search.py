@@ -191,16 +191,17 @@ def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 def places(parameters: Sequence[Parameter], values: dict[str, Any]) -> list[float]:
     """Return the positions of values in their ranges, on each range's scale, from 0 to 1."""
 
-    def place(p: Parameter) -> float:
-        seen = [
-            next(iter(p.domain.told(p.name, v).values()))
-            for v in (values[p.name], *p.domain.probes)
-        ]
-        if p.domain.log or p.domain.log_complement:
-            seen = [math.log(v) for v in seen]
-        return (seen[0] - min(seen[1:])) / (max(seen[1:]) - min(seen[1:]))
+    return [
+        place_in(p, next(iter(p.domain.told(p.name, values[p.name]).values()))) for p in parameters
+    ]
 
-    return [place(p) for p in parameters]
+
+def place_in(p: Parameter, told: float) -> float:
+    """Return the position in its range of a value, given as Optuna is told it."""
+    ends = [next(iter(p.domain.told(p.name, v).values())) for v in p.domain.probes]
+    if p.domain.log or p.domain.log_complement:
+        told, ends = math.log(told), [math.log(v) for v in ends]
+    return (told - min(ends)) / (max(ends) - min(ends))
 
 
 def surrogate(table: Table) -> Iterator[str]:
@@ -314,6 +315,7 @@ def replay(
     most: float,
     goal: float = math.inf,
     at_once: int = 1,
+    proposes: type[OptunaSearcher] = OptunaSearcher,
     ended: list[Record] | None = None,
     seen: list[Seen] | None = None,
 ) -> Iterator[tuple[int, float]]:
@@ -325,7 +327,7 @@ def replay(
 
     Run 0, 1 or 2 of a published setting counts, by the search's seed.
     """
-    searcher = OptunaSearcher(space, Path("in memory"))
+    searcher = proposes(space, Path("in memory"))
     stopping = StudyStopping(searcher)
     searcher.judges = True
     live: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}

@@ -44,9 +44,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from curves import SPACES, Table, load
+from joint import MODELS
 from scipy.stats import t as student_t
 from search import TRIALS, Seen, World, replay, run_out, search_of, studies_in_memory
 
+from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.show.receipt import expected_epochs
 from tfkd_ray.space.space import Space
 
@@ -73,6 +75,8 @@ class Regret(NamedTuple):
     """Of the best choice over all objectives."""
     whole: int
     """Objectives that have a full-length trial."""
+    spent: int
+    """Epochs that were spent."""
 
 
 Regrets = dict[str, dict[float, list[Regret]]]
@@ -98,6 +102,7 @@ def regret_of(world: World, space: Space, seen: Sequence[Seen], most: float) -> 
         100 * statistics.mean(lost),
         100 * (max(world.best.values()) - ends[winner]),
         sum(best[name][0] == space.epochs for name in best),
+        sum(at.spent <= most for at in seen),
     )
 
 
@@ -118,17 +123,26 @@ def measure(table: Table, pairs: Sequence[str], at_once: int, path: Path, most: 
     """Add repeats to a file of regrets until they are enough: first the least number of each budget."""
     world = World(table)
     whole = TRIALS * world.epochs
-    sizes = {(p, share): planned(table, p, share * whole) for p in pairs for share in SHARES}
+    usual = {pair: pair for pair in pairs}
+    for kind, pair in itertools.product(MODELS, pairs):
+        if pair.startswith(f"{kind}:"):
+            usual[pair] = pair.replace(kind, "tpe", 1)
+    sizes = {(p, share): planned(table, usual[p], share * whole) for p in pairs for share in SHARES}
     found = read(path)
     for upto, share in itertools.product((min(LEAST, most), most), SHARES):
         here = [found.setdefault(pair, {}).setdefault(share, []) for pair in pairs]
         while not is_enough(here, upto):
             for pair in pairs:
                 repeat = len(found[pair][share])
-                space = search_of(table, pair, repeat, num_samples=sizes[pair, share])
+                space = search_of(table, usual[pair], repeat, num_samples=sizes[pair, share])
                 seen: list[Seen] = []
-                run_out(replay(space, world, most=share * whole, at_once=at_once, seen=seen))
-                found[pair][share].append(regret_of(world, space, seen, share * whole))
+                proposes = MODELS.get(pair.partition(":")[0], OptunaSearcher)
+                most_epochs = share * whole
+                steps = replay(
+                    space, world, most=most_epochs, at_once=at_once, seen=seen, proposes=proposes
+                )
+                run_out(steps)
+                found[pair][share].append(regret_of(world, space, seen, most_epochs))
             path.write_text(json.dumps(found))
 
 
@@ -185,8 +199,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def shown(found: Regrets) -> Iterator[str]:
     """Yield a table of regrets, with differences to the first search."""
-    yield "| of the epochs | search | n | mean over objectives | difference | winner | difference | with full length |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| of the epochs | search | n | mean over objectives | difference | winner | difference | whole | epochs |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     usual = next(iter(found.values()))
     for share, pair in itertools.product(sorted(usual), found):
         here, first = found[pair][share], usual[share]
@@ -196,6 +210,7 @@ def shown(found: Regrets) -> Iterator[str]:
             row.append(f"{lost.mean:.2f} ± {lost.error:.2f}")
             row.append("" if first is here else str(estimate(differences(here, first, part))))
         row.append(f"{statistics.mean(one.whole for one in here):.1f}")
+        row.append(f"{statistics.mean(one.spent for one in here):.0f}")
         yield "| " + " | ".join(row) + " |"
 
 

@@ -141,11 +141,11 @@ def test_the_yardstick_repeats_until_it_knows_and_says_what_misses_the_criterion
     yardstick = replays.yardstick
     assert str(yardstick.estimate([1.0, 2.0, 3.0])) == "2.00 ± 0.58 (-0.48 to 4.48)"
     noise = [0.0, 0.2] * (yardstick.LEAST // 2)
-    usual = [yardstick.Regret(1.0, 1.0, 5) for _ in noise]
-    less = [yardstick.Regret(0.8 + e, 1.0 + e / 2, 5) for e in noise]
+    usual = [yardstick.Regret(1.0, 1.0, 5, 100) for _ in noise]
+    less = [yardstick.Regret(0.8 + e, 1.0 + e / 2, 5, 100) for e in noise]
     assert yardstick.is_enough([usual, less], 100)
     assert not yardstick.is_enough([usual[:4], less[:4]], 100)
-    wide = [yardstick.Regret(0.8 + 9 * e, 1.0, 5) for e in noise]
+    wide = [yardstick.Regret(0.8 + 9 * e, 1.0, 5, 100) for e in noise]
     assert not yardstick.is_enough([usual, wide], 100)
     assert yardstick.is_enough([usual, wide], yardstick.LEAST)
     today, candidate = yardstick.PAIRS
@@ -157,7 +157,7 @@ def test_the_yardstick_repeats_until_it_knows_and_says_what_misses_the_criterion
 
     assert judged(less) == []
     assert len(judged(wide)) == 1 and "mean at 0.2" in judged(wide)[0]
-    worse = [yardstick.Regret(0.8, 1.15 + e, 5) for e in noise]
+    worse = [yardstick.Regret(0.8, 1.15 + e, 5, 100) for e in noise]
     assert [text.partition(":")[0] for text in judged(worse)] == [
         f"winner at {share}" for share in ("0.2", "0.3", "0.5", "0.9")
     ]
