@@ -39,17 +39,19 @@ class Own(OptunaSearcher):
     share: ClassVar[float] = 0.0
 
     def _sampler(self, n: int, g: int, k: int) -> samplers.BaseSampler:
-        if k < STARTUP:
-            return super()._sampler(n, g, k)
-        random = samplers.RandomSampler(seed=n)
-        return samplers.PartialFixedSampler(self._best_of_pool(g), random)
-
-    def _best_of_pool(self, g: int) -> dict[str, Any]:
-        """Return the parameters of group g with the highest expected improvement."""
         branches = [group.branches[0] for group in self.space.groups]
         x, of, y = self._trials_so_far(branches)
-        pool = _pool(branches[g])
-        at = np.array([_place(branches[g], params) for params in pool])
+        if k < STARTUP or not (of == g).any():
+            return super()._sampler(n, g, k)
+        point = self._best_of_pool(branches[g], g, x, of, y)
+        return samplers.PartialFixedSampler(point, samplers.RandomSampler(seed=n))
+
+    def _best_of_pool(
+        self, branch: Branch, g: int, x: np.ndarray, of: np.ndarray, y: np.ndarray
+    ) -> dict[str, Any]:
+        """Return the parameters of group g with the highest expected improvement."""
+        pool = _pool(branch)
+        at = np.array([_place(branch, params) for params in pool])
         tried = x[of == g]
         at[(at[:, None] == tried[None, :, : at.shape[1]]).all(axis=2).any(axis=1)] = np.nan
         here = np.full((len(at), x.shape[1]), 0.5)

@@ -117,6 +117,33 @@ def test_epochs_that_nobody_judges_change_no_replay(
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
+def test_a_model_over_all_objectives_learns_from_the_others_and_one_alone_does_not(
+    replays: Any,
+) -> None:
+    models = importlib.import_module("joint").MODELS
+    space = replays.search_of(replays.table, "tpe:pausing", 1, num_samples=25, warm_start=False)
+
+    class Elsewhere(replays.World):  # type: ignore[misc, name-defined]
+        """The same curves, but of `lsr` they are reversed."""
+
+        def __init__(self) -> None:
+            self.__dict__.update(replays.world.__dict__)
+
+        def curve(self, objective: str, parameters: Any, run: int = 0) -> np.ndarray:
+            found: np.ndarray = replays.world.curve(objective, parameters, run)
+            return 1 - found if objective == "lsr" else found
+
+    def proposed(model: Any, world: Any) -> dict[str, Any]:
+        seen: list[Any] = []
+        replays.run_out(replays.replay(space, world, most=75, seen=seen, proposes=model))
+        return {at.trial: at.about for at in seen if at.about["objective"] != "lsr"}
+
+    for name, changes in (("own-gp", False), ("joint-gp", True)):
+        usual, other = (proposed(models[name], w) for w in (replays.world, Elsewhere()))
+        assert len(usual) == 20 and (usual != other) is changes, name
+
+
 def test_a_published_setting_is_answered_by_its_own_runs_and_known_by_their_mean(
     replays: Any,
 ) -> None:
