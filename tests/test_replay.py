@@ -1,5 +1,6 @@
 """Searches replayed over real learning curves (benchmarks/curves-digits.npz), without Ray."""
 
+import dataclasses
 import importlib
 import math
 import statistics
@@ -145,21 +146,30 @@ def test_a_model_over_all_objectives_learns_from_the_others_and_one_alone_does_n
 
 
 def test_a_published_setting_is_answered_by_its_own_runs_and_known_by_their_mean(
-    replays: Any,
+    replays: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, world = replays.table, replays.world
-    assert table.published >= 30 and table.published % 3 == 0
-    first = len(table.seed) - table.published
-    for i in range(first, len(table.seed), 3):
-        objective, parameters = str(table.objective[i]), table.parameters[i]
-        same = table.parameters[i : i + 3]
-        assert same == [parameters] * 3 and table.seed[i : i + 3].tolist() == [0, 1, 2]
-        for run in (0, 1, 2, 3):
-            curve = world.curve(objective, parameters, run)
-            assert np.array_equal(curve, table.curves[i + run % 3], equal_nan=True)
-        ends = np.nan_to_num(table.curves[i : i + 3, -1], nan=table.guess)
-        assert abs(world.known(objective, parameters) - ends.mean()) < 1e-6
-        assert world.known(objective, parameters) <= world.best[objective] + 1e-9
+    monkeypatch.setattr(replays, "TREES", 2)
+    some, about = replays.table, {"optim.lr": 0.1, "optim.weight_decay": 5e-4}
+    mine = np.full((3, 27), [[0.99], [0.97], [math.nan]])  # the last one diverged
+    table = dataclasses.replace(
+        some,
+        objective=np.append(some.objective[:100], ["ce"] * 3),
+        parameters=[*some.parameters[:100], about, about, about],
+        seed=np.append(some.seed[:100], [0, 1, 2]),
+        curves=np.vstack([some.curves[:100], mine]),
+        published=3,
+    )
+    world = replays.World(table)
+    for run in range(4):
+        assert np.array_equal(world.curve("ce", about, run), mine[run % 3], equal_nan=True)
+    assert abs(world.known("ce", about) - (0.99 + 0.97 + 0.1) / 3) < 1e-9
+    assert world.best["ce"] == max(world._of["ce"].known.max(), world.known("ce", about))
+    near = {**about, "optim.lr": 0.101}
+    assert (
+        world.known("ce", near)
+        == world._of["ce"].predicted(np.array(replays.places(world._parameters["ce"], near)))[-1]
+    )
+    assert all(len(x) == len(curves) < 97 for _, x, curves in replays.runs(table))
 
 
 def test_the_yardstick_repeats_until_it_knows_and_says_what_misses_the_criterion(
