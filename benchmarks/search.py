@@ -3,7 +3,6 @@
     python benchmarks/search.py fashion [--repeats 20] [--pairs tpe:halving,random:none] [--figure FILE.svg]
     python benchmarks/search.py fashion --surrogate          how well the table answers for what was not measured
     python benchmarks/search.py digits --warnings            how often a sweep warns of its early stopping
-    python benchmarks/search.py digits --regret --pairs tpe:halving,tpe:pausing [--at-once 8]
 
 A replay is a sweep by this package's searcher and stopping rule, without Ray, which looks epochs up
 instead of training. In repeat r, the goal is the best value of a random search with 64 full-length
@@ -13,17 +12,9 @@ one of its full-length trials is as good, at most twice the epochs of that rando
 A configuration that was not measured gets a measured run (seed 0, same objective) by predictive
 mean matching: a forest's out-of-fold curves select the 5 most similar runs, of which the one with
 the nearest settings is used. So every curve is real, with its noise.
-
-With `--regret`, the result is what is lost after a share of the random search's epochs: for each
-objective, the setting that would be chosen (of the trials with most epochs, the one with the best
-value), as points below the best of that objective, both by the forest, so without a run's noise. The
-mean over objectives, and the winner over all objectives against the best of all. Differences to the
-first pair are of the same seeds and epochs. A search that pauses is one that `tfkd plan` puts within
-the share, at its end. All of it holds for this table and this forest.
 """
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -36,19 +27,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
-from curves import SPACES, Table, load
+from curves import SEEDS, SPACES, Table, load
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from scipy.stats import spearmanr
-from scipy.stats import t as student_t
 from sklearn.base import clone
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import KFold
 
 import tfkd_ray.run.searcher
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
-from tfkd_ray.show.receipt import expected_epochs, fidelity_warnings, rank_correlations
-from tfkd_ray.space.search_config import Halving, Pausing
+from tfkd_ray.show.receipt import fidelity_warnings, rank_correlations
+from tfkd_ray.space.search_config import Halving, NoStopping
 from tfkd_ray.space.space import Parameter, Space, build_space
 from tfkd_ray.store.experiment import Record
 
@@ -61,14 +51,15 @@ TREES, FOLDS, DONORS = 60, 5, 5
 class Surrogate:
     """Predicts curves for one objective from measured runs; see the top of this file."""
 
-    def __init__(self, x: np.ndarray, curves: np.ndarray) -> None:
-        self._x, self._curves = x, curves
-        y = np.nan_to_num(curves, nan=0.1)  # a diverged run guesses
+    def __init__(self, x: np.ndarray, curves: np.ndarray, guess: float) -> None:
+        self._x, self._curves, self._chance = x, curves, guess
+        y = np.nan_to_num(curves, nan=guess)  # a diverged run guesses
         self.forest = ExtraTreesRegressor(TREES, min_samples_leaf=2, random_state=0).fit(x, y)
         self.known: np.ndarray = self.forest.predict(x)[:, -1]
         self._guess = np.empty_like(y)
         for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(x):
             self._guess[held] = clone(self.forest).fit(x[fit], y[fit]).predict(x[held])
+        self._trees = _Trees(self.forest)
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
         """Return the curve of a configuration."""
@@ -77,36 +68,89 @@ class Surrogate:
         return curve
 
     def predicted(self, at: np.ndarray) -> np.ndarray:
-        """Return the forest's curve of one configuration, without scikit-learn's preparations."""
-        x = at[None].astype(np.float32)
-        found: np.ndarray = np.zeros(self._curves.shape[1])
-        for tree in self.forest.estimators_:
-            found += tree.tree_.predict(x)[0, :, 0]
-        return found / len(self.forest.estimators_)
+        """Return the forest's curve of one configuration."""
+        return self._trees.predict(at)
 
     def drawn(self, rng: np.random.Generator) -> np.ndarray:
         """Return the curve of a random run."""
-        curve: np.ndarray = np.nan_to_num(self._curves[rng.integers(len(self._curves))], nan=0.1)
-        return curve
+        curve: np.ndarray = self._curves[rng.integers(len(self._curves))]
+        return np.nan_to_num(curve, nan=self._chance)
+
+
+class _Trees:
+    """The trees of a forest in one table, which one configuration passes through all at once."""
+
+    def __init__(self, forest: ExtraTreesRegressor) -> None:
+        trees = [one.tree_ for one in forest.estimators_]
+        sizes = [tree.node_count for tree in trees]
+        self._roots = np.cumsum([0, *sizes[:-1]])
+        self._feature = np.concatenate([tree.feature for tree in trees])
+        self._threshold = np.concatenate([tree.threshold for tree in trees])
+        self._values = np.concatenate([tree.value[:, :, 0] for tree in trees])
+        offsets = np.repeat(self._roots, sizes)
+        sides = [(tree.children_left, tree.children_right) for tree in trees]
+        self._left = np.concatenate([left for left, _ in sides]) + offsets
+        self._right = np.concatenate([right for _, right in sides]) + offsets
+
+    def predict(self, at: np.ndarray) -> np.ndarray:
+        """Return the forest's curve of one configuration."""
+        x, nodes = at.astype(np.float32), self._roots
+        while (inner := self._feature[nodes] >= 0).any():
+            goes_left = x[self._feature[nodes]] <= self._threshold[nodes]
+            below = np.where(goes_left, self._left[nodes], self._right[nodes])
+            nodes = np.where(inner, below, nodes)
+        found: np.ndarray = self._values[nodes].mean(axis=0)
+        return found
 
 
 class World:
-    """Learning curves for every configuration of a table's space."""
+    """Learning curves for every configuration of a table's space.
+
+    A published setting has a curve for each of its seeds, and is known by their mean.
+    """
 
     def __init__(self, table: Table) -> None:
         self.epochs = table.space.epochs
         self._parameters = {b.objective: b.parameters for b in table.space.branches}
-        self._of = {name: Surrogate(x, curves) for name, x, curves in runs(table)}
+        self._of = {name: Surrogate(x, curves, table.guess) for name, x, curves in runs(table)}
+        self._retrained: dict[tuple[str, tuple[float, ...]], np.ndarray] = {}
+        for i in range(len(table.seed) - table.published, len(table.seed)):
+            key = self._key(str(table.objective[i]), table.parameters[i])
+            before = self._retrained.get(key, np.empty((0, self.epochs)))
+            self._retrained[key] = np.vstack([before, table.curves[i]])
+        self._chance = table.guess
         self.best = {name: float(of.known.max()) for name, of in self._of.items()}
-        """The best final value of each objective that its forest knows."""
+        """The best final value that is known of each objective."""
+        for name, at in self._retrained:
+            self.best[name] = max(self.best[name], self._mean(name, at))
+
+    def _key(self, objective: str, parameters: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
+        """Return where a configuration lies, to six digits."""
+        found = places(self._parameters[objective], parameters)
+        return objective, tuple(round(place, 6) for place in found)
+
+    def _mean(self, objective: str, at: tuple[float, ...]) -> float:
+        ends = self._retrained[objective, at][:, -1]
+        return float(np.nan_to_num(ends, nan=self._chance).mean())
 
     def known(self, objective: str, parameters: dict[str, Any]) -> float:
-        """Return a configuration's final value by the forest, without the noise of a run."""
+        """Return a configuration's final value without the noise of a run."""
+        key = self._key(objective, parameters)
+        if key in self._retrained:
+            return self._mean(*key)
         at = np.array(places(self._parameters[objective], parameters))
         return float(self._of[objective].predicted(at)[-1])
 
-    def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
-        """Return validation accuracies after every epoch; NaN from where training diverges."""
+    def curve(self, objective: str, parameters: dict[str, Any], run: int = 0) -> np.ndarray:
+        """Return validation accuracies after every epoch; NaN from where training diverges.
+
+        Args:
+            run: number of the run, where a configuration has several.
+        """
+        retrained = self._retrained.get(self._key(objective, parameters))
+        if retrained is not None:
+            found: np.ndarray = retrained[run % len(retrained)]
+            return found
         return self._of[objective](np.array(places(self._parameters[objective], parameters)))
 
 
@@ -117,9 +161,9 @@ class Unsafe(World):
         super().__init__(table)
         self._how = how
 
-    def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
+    def curve(self, objective: str, parameters: dict[str, Any], run: int = 0) -> np.ndarray:
         """Return validation accuracies after every epoch."""
-        end = super().curve(objective, parameters)
+        end = super().curve(objective, parameters, run)
         if self._how == "of other runs":
             early = self._of[objective].drawn(
                 np.random.default_rng(zlib.crc32(repr(parameters).encode()))
@@ -133,11 +177,11 @@ class Unsafe(World):
 
 
 def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield each objective's runs of seed 0: (name, places, curves)."""
+    """Yield each objective's quasi-random runs of seed 0: (name, places, curves)."""
     for branch in table.space.branches:
         mine = [
             i
-            for i in range(len(table.seed))
+            for i in range(len(table.seed) - table.published)
             if table.objective[i] == branch.objective and table.seed[i] == 0
         ]
         x = np.array([places(branch.parameters, table.parameters[i]) for i in mine])
@@ -147,16 +191,17 @@ def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 def places(parameters: Sequence[Parameter], values: dict[str, Any]) -> list[float]:
     """Return the positions of values in their ranges, on each range's scale, from 0 to 1."""
 
-    def place(p: Parameter) -> float:
-        seen = [
-            next(iter(p.domain.told(p.name, v).values()))
-            for v in (values[p.name], *p.domain.probes)
-        ]
-        if p.domain.log or p.domain.log_complement:
-            seen = [math.log(v) for v in seen]
-        return (seen[0] - min(seen[1:])) / (max(seen[1:]) - min(seen[1:]))
+    return [
+        place_in(p, next(iter(p.domain.told(p.name, values[p.name]).values()))) for p in parameters
+    ]
 
-    return [place(p) for p in parameters]
+
+def place_in(p: Parameter, told: float) -> float:
+    """Return the position in its range of a value, given as Optuna is told it."""
+    ends = [next(iter(p.domain.told(p.name, v).values())) for v in p.domain.probes]
+    if p.domain.log or p.domain.log_complement:
+        told, ends = math.log(told), [math.log(v) for v in ends]
+    return (told - min(ends)) / (max(ends) - min(ends))
 
 
 def surrogate(table: Table) -> Iterator[str]:
@@ -185,16 +230,16 @@ def surrogate(table: Table) -> Iterator[str]:
     }
     lines = []
     for name, x, curves in runs(table):
-        y = np.nan_to_num(curves, nan=0.1)
+        y = np.nan_to_num(curves, nan=table.guess)
         for fit, held in KFold(FOLDS, shuffle=True, random_state=1).split(x):
-            answer = Surrogate(x[fit], curves[fit])
+            answer = Surrogate(x[fit], curves[fit], table.guess)
             found["measured"].append(y[held])
             found["the nearest run"].append(
                 y[fit][((x[held][:, None] - x[fit][None]) ** 2).sum(axis=2).argmin(axis=1)]
             )
             found["the forest"].append(answer.forest.predict(x[held]))
             found["matched"].append(
-                np.nan_to_num(np.array([answer(at) for at in x[held]]), nan=0.1)
+                np.nan_to_num(np.array([answer(at) for at in x[held]]), nan=table.guess)
             )
         ranks = ", ".join(
             f"{e}: {spearmanr(y[:, e - 1], y[:, -1]).statistic:.2f}" for e in epochs[:-1]
@@ -212,10 +257,44 @@ def surrogate(table: Table) -> Iterator[str]:
         if not table.seed[i] and table.seed[j] and table.parameters[i] == table.parameters[j]
     ]  # fmt: skip
     first, other = (
-        np.nan_to_num(table.curves[[pair[k] for pair in again]], nan=0.1) for k in (0, 1)
+        np.nan_to_num(table.curves[[pair[k] for pair in again]], nan=table.guess) for k in (0, 1)
     )
     yield row(f"the same run with another seed (n {len(again)})", other, first)
     yield from lines
+    yield from surface_errors(table)
+
+
+def surface_errors(table: Table) -> Iterator[str]:
+    """Yield the forest's error, without a run's noise, where settings with several seeds are held out.
+
+    It is the root mean square over the better half of an objective's settings, of which searches choose.
+    """
+    several = [
+        i
+        for i in range(len(table.seed) - table.published)
+        if table.seed[i : i + len(SEEDS)].tolist() == list(SEEDS)
+    ]
+    branches = {branch.objective: branch for branch in table.space.branches}
+    for name, x, curves in runs(table):
+        y = np.nan_to_num(curves[:, -1], nan=table.guess)
+        errors, means, noise = [], [], []
+        for i in several:
+            if table.objective[i] != name:
+                continue
+            at = places(branches[name].parameters, table.parameters[i])
+            others = ~np.isclose(x, at).all(axis=1)
+            forest = ExtraTreesRegressor(TREES, min_samples_leaf=2, random_state=0)
+            ends = np.nan_to_num(table.curves[i : i + len(SEEDS), -1], nan=table.guess)
+            errors.append(forest.fit(x[others], y[others]).predict([at])[0] - ends.mean())
+            means.append(ends.mean())
+            noise.append(ends.var(ddof=1))
+        good = np.array(means) >= np.median(means)
+        wrong, spread = np.array(errors)[good], np.array(noise)[good].mean()
+        error = 100 * math.sqrt(max(0.0, np.square(wrong).mean() - spread / len(SEEDS)))
+        yield (
+            f"{name}: the forest errs by {error:.2f} points, on average {100 * wrong.mean():+.2f} "
+            f"(n {good.sum()}); a run by {100 * math.sqrt(spread):.2f}"
+        )
 
 
 class Seen(NamedTuple):
@@ -236,6 +315,7 @@ def replay(
     most: float,
     goal: float = math.inf,
     at_once: int = 1,
+    proposes: type[OptunaSearcher] = OptunaSearcher,
     ended: list[Record] | None = None,
     seen: list[Seen] | None = None,
 ) -> Iterator[tuple[int, float]]:
@@ -244,12 +324,16 @@ def replay(
     Args:
         ended: receives all trials that end.
         seen: receives all epochs.
+
+    Run 0, 1 or 2 of a published setting counts, by the search's seed.
     """
-    searcher = OptunaSearcher(space, Path("in memory"))
+    searcher = proposes(space, Path("in memory"))
     stopping = StudyStopping(searcher)
     searcher.judges = True
     live: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}
     paused: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}
+    judged = {*space.rungs, space.epochs}
+    all_count = not isinstance(space.stopping, Halving | NoStopping)
     spent, asked, open_ = 0, 0, True
     while spent < most and (open_ or live):
         while open_ and len(live) < at_once:
@@ -266,7 +350,7 @@ def replay(
                 "objective": proposal["objective"]["name"],
                 "parameters": proposal["trial"]["parameters"],
             }
-            live[f"id{asked}"] = (about, world.curve(**about), 0)
+            live[f"id{asked}"] = (about, world.curve(**about, run=space.search.seed), 0)
             asked += 1
         for trial_id, (about, curve, before) in list(live.items()):
             spent += 1
@@ -278,6 +362,8 @@ def replay(
             if math.isnan(value):
                 result = {"failed": "Diverged", "done": True}
                 stop = True
+            elif epoch not in judged and not all_count:
+                continue  # no rule and no sampler asks for it
             else:
                 told = stopping.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
                 stop = told == TrialScheduler.STOP
@@ -312,96 +398,10 @@ def replay(
                         return
 
 
-class Regret(NamedTuple):
-    """Points below the best that is known, by the forest, after a share of the epochs."""
-
-    mean: float
-    """Over objectives."""
-    winner: float
-    """Of the best choice over all objectives."""
-    whole: int
-    """Objectives that have a full-length trial."""
-
-
-def regret_of(world: World, space: Space, seen: Sequence[Seen], most: float) -> Regret:
-    """Return what is lost by the choices after `most` epochs."""
-    levels = [*space.rungs, space.epochs]
-    best: dict[str, tuple[int, float, dict[str, Any]]] = {}
-    for at in seen:
-        if at.spent > most:
-            break
-        name = at.about["objective"]
-        if at.epoch in levels and not math.isnan(at.value):
-            found = (at.epoch, at.value, at.about["parameters"])
-            best[name] = max(best.get(name, found), found, key=lambda f: f[:2])
-    names = [branch.objective for branch in space.branches]
-    ends = {name: world.known(name, best[name][2]) for name in names if name in best}
-    lost = [world.best[name] - ends.get(name, 0.0) for name in names]
-    winner = max(best, key=lambda name: best[name][:2])
-    return Regret(
-        100 * statistics.mean(lost),
-        100 * (max(world.best.values()) - ends[winner]),
-        sum(best[name][0] == space.epochs for name in best),
-    )
-
-
-def regrets(
-    table: Table, world: World, pairs: Sequence[str], repeats: int, at_once: int
-) -> Iterator[str]:
-    """Yield a table of regrets after shares of the random search's epochs."""
-    whole, shares = TRIALS * world.epochs, (0.1, 0.2, 0.3, 0.5, 0.9)
-    found: dict[tuple[str, float], list[tuple[float, Regret, Regret]]] = {}
-    for repeat in range(repeats):
-        usual, epochs = search_of(table, pairs[0], repeat), list[Seen]()
-        run_out(replay(usual, world, most=whole, at_once=at_once, seen=epochs))
-        for pair, share in itertools.product(pairs, shares):
-            space, seen, spent = search_of(table, pair, repeat), epochs, share * whole
-            if isinstance(space.stopping, Pausing):
-                space, seen = planned(table, pair, repeat, spent), list[Seen]()
-                run_out(replay(space, world, most=math.inf, at_once=at_once, seen=seen))
-                spent = seen[-1].spent
-            elif pair != pairs[0]:
-                seen = list[Seen]()
-                run_out(replay(space, world, most=spent, at_once=at_once, seen=seen))
-            here, first = (
-                regret_of(world, space, seen, spent),
-                regret_of(world, usual, epochs, spent),
-            )
-            found.setdefault((pair, share), []).append((spent / whole, here, first))
-    yield "| search | of | epochs | mean over objectives | difference | winner | difference | with full length |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for pair, share in itertools.product(pairs, shares):
-        rows = found[pair, share]
-        row = [pair, f"{share:g}", f"{statistics.mean(spent for spent, _, _ in rows):.2f}"]
-        for part in (0, 1):
-            less = [here[part] - first[part] for _, here, first in rows]
-            row.append(estimate([here[part] for _, here, _ in rows]))
-            row.append(estimate(less) if pair != pairs[0] else "-")
-        row.append(f"{statistics.mean(here.whole for _, here, _ in rows):.1f}")
-        yield "| " + " | ".join(row) + " |"
-
-
 def run_out(steps: Iterator[Any]) -> None:
     """Run a replay to its end."""
     for _ in steps:
         pass
-
-
-def planned(table: Table, pair: str, seed: int, epochs: float) -> Space:
-    """Return the largest search with pausing that `tfkd plan` puts within a number of epochs."""
-    each = len(table.space.branches)
-    for trials in itertools.count(1):
-        more = search_of(table, pair, seed, num_samples=each * (trials + 1))
-        if each * expected_epochs(more, trials + 1) > epochs:
-            return search_of(table, pair, seed, num_samples=each * trials)
-    raise AssertionError("no search is too large")
-
-
-def estimate(values: Sequence[float]) -> str:
-    """Return mean, standard error and 95 % interval (Student's t)."""
-    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-    most = float(student_t.ppf(0.975, len(values) - 1)) * error
-    return f"{mean:.2f} ± {error:.2f} ({mean - most:.2f} to {mean + most:.2f})"
 
 
 def search_of(table: Table, pair: str, seed: int, **more: Any) -> Space:
@@ -464,7 +464,7 @@ def warnings(table: Table, repeats: int, trials: int) -> Iterator[str]:
         yield f"| {name} | {judged} | {warned} | {warned / max(1, judged):.2f} |"
 
 
-def _in_memory() -> None:
+def studies_in_memory() -> None:
     """Keep studies in this process: nothing is written, so a replay takes a second."""
     tfkd_ray.run.searcher.open_journal = lambda path: optuna.storages.InMemoryStorage()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -488,13 +488,12 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="trials at a time")
     parser.add_argument("--surrogate", action="store_true")
     parser.add_argument("--warnings", action="store_true")
-    parser.add_argument("--regret", action="store_true")
     parser.add_argument(
         "--trials", type=int, default=240, help="with --warnings: trials of a sweep"
     )
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    _in_memory()
+    studies_in_memory()
     table = load(args.table)
     if args.surrogate:
         print("\n".join(surrogate(table)))
@@ -503,12 +502,6 @@ def main() -> None:
         print("\n".join(warnings(table, args.repeats, args.trials)))
         return
     world = World(table)
-    if args.regret:
-        pairs = args.pairs.split(",")
-        print(f"{args.table}, {args.repeats} repeats, {args.at_once} at a time")
-        for line in regrets(table, world, pairs, args.repeats, args.at_once):
-            print(line, flush=True)
-        return
     goals = [goal_of(table, world, repeat) for repeat in range(args.repeats)]
     print(
         f"{args.table}: best of a random search {min(goals):.4f} to {max(goals):.4f}, {args.repeats} repeats"
