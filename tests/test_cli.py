@@ -465,7 +465,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
     ray_cluster: str, tfkd_inside: Run, here: Path
 ) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "c", *LONG, cwd=here)
-    terminal.read_until(r"t0000 [1-9]\d*/200")  # the live table shows it running
+    terminal.read_until(r"t0000-ce +[1-9]\d*/200")  # the live table shows it running
     terminal.press_ctrl_c()
     terminal.read_until(r"tfkd resume tfkd_results/c\s")
     assert terminal.exit_code() == 130
@@ -518,7 +518,7 @@ def test_ctrl_c_while_a_line_is_being_written_is_told_after_it(tmp_path: Path) -
 @pytest.mark.ray
 def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "d", *LONG, cwd=here)
-    terminal.read_until(r"t0000 [1-9]\d*/200")
+    terminal.read_until(r"t0000-ce +[1-9]\d*/200")
     terminal.press_ctrl_c()
     terminal.read_until("Ctrl-C again")
     start = time.monotonic()
