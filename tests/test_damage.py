@@ -149,7 +149,7 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def reached(*args: Any) -> None:
+    def reached(*args: Any, **more: Any) -> None:
         raise Reached
 
     monkeypatch.setattr(tfkd_ray.run.tune, "prepare", reached)

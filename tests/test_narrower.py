@@ -160,7 +160,7 @@ def test_ranges_may_become_narrower_or_fixed_and_nothing_else_changes() -> None:
     assert problem.startswith("optim.lr: was fixed at 0.5, which 0.05 to 0.3 (log) does not hold")
 
 
-def reached(*args: Any) -> None:
+def reached(*args: Any, **more: Any) -> None:
     raise RuntimeError("all that a resume reads is fine")
 
 

@@ -140,7 +140,7 @@ def test_a_broken_image_whose_name_is_no_utf8_fails_its_trials_with_the_reason(
         "data": data,
         "objective": "ce",
         "epochs": 1,
-        "optim": {"lr": {"low": 0.01, "high": 0.1}},
+        "optim": {"lr": {"low": 0.01, "high": 0.1}, "batch_size": 4},
     }
     search = {"num_samples": 1, "sampler": "random"}
     (tmp_path / "space.yaml").write_text(json.dumps({**space, "student": "mlp", "search": search}))

@@ -1200,7 +1200,7 @@ def test_an_experiment_goes_on_in_a_wider_space_with_all_its_trials(tmp_path: Pa
     assert count == [10, 10, 10]  # the objective that is new catches up
 
 
-def reached(*args: Any) -> None:
+def reached(*args: Any, **more: Any) -> None:
     raise RuntimeError("all that a resume reads is fine")
 
 
@@ -1249,7 +1249,9 @@ def test_what_auto_became_is_in_the_experiment_and_is_what_a_resume_elsewhere_us
 ) -> None:
     resumed: list[TrainConfig] = []
 
-    def prepare(config: TrainConfig, storage: Storage, notes: Sequence[str] | None = None) -> None:
+    def prepare(
+        config: TrainConfig, storage: Storage, notes: Sequence[str] | None = None, **more: Any
+    ) -> None:
         resumed.append(config)
         reached()
 
