@@ -43,6 +43,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
 from overfit import train_accuracy
 from safetensors.numpy import load_file
 

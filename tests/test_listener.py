@@ -124,7 +124,7 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
         tell(announcer, trial, epoch)
     assert heard.epochs == [] and heard.started_at == [3]
     assert [(run.epoch, run.value, len(view._epochs)) for run in view._runs.values()] == [
-        (3, 0.3, 1)
+        (3, 0.3, 0)
     ]
     tell(announcer, trial, 4)
     trial.last_result = {"failed": "Diverged", "done": True, "training_iteration": 8}

@@ -369,7 +369,7 @@ def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_pat
     (page,) = report(directory, tmp_path / "report.html")
     assert f"lead in {row.name}" in page.read_text()
     assert f"test {row.label}".encode() in b"".join(
-        p.read_bytes() for p in (directory / "tb").glob("events.*")
+        p.read_bytes() for p in (directory / "tb/about").glob("events.*")
     )
 
 
