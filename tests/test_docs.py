@@ -15,6 +15,7 @@ from conftest import DATA_SETS, ROOT, Run
 from optuna.trial import TrialState
 from test_readers import make_sweep
 
+from tfkd_ray.cli.main import main
 from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.objectives import NAMES
 from tfkd_ray.run.studies import open_journal
@@ -353,6 +354,13 @@ def test_a_shown_line_is_compared_with_a_printed_one_as_a_reader_would(
     shown: str, printed: str, same: bool
 ) -> None:
     assert OUTPUTS["alike"](shown, printed) is same
+
+
+def test_the_first_hour_shows_what_check_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks("start.md", "console")
+    command, *shown, dots = block.splitlines()
+    assert main(command.split()[2:]) == 0 and dots == "..."
+    assert capsys.readouterr().out.splitlines()[: len(shown)] == shown
 
 
 # --- the site
