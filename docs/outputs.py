@@ -1,12 +1,12 @@
-"""Rewrites the outputs that README and docs show, from runs of the shipped code: `make docs-outputs`.
+"""Rewrites the outputs that README and docs show, from runs: `make docs-outputs`.
 
 Above a block of commands stands what of the last command's output it shows:
 
-    <!-- shown: start..objective tfkd_reg: | best..end -->
+    <!-- shown: start..objective tfkd_reg: | best.. | end -->
 
-`A..B` is from the line that begins with A to the next one that begins with B, and `A` is one line;
-`start` and `end` are the first and the last line. Without parts, everything is shown. `...` stands
-for lines that are left out.
+`A..B` is from the line that begins with A to the next one that begins with B, `A..` to the end of
+its paragraph, and `A` one line; `start` and `end` are the first and the last line. Without parts,
+everything is shown. `...` stands for lines that are left out.
 
 On such a page, commands in blocks of `sh` run, too, in order and in one folder. A block whose first
 line is a comment with a file's name is that file.
@@ -19,6 +19,7 @@ the last ten years has.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -41,7 +42,6 @@ EXACT = {
     "COLUMNS": "80",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    "RAY_raylet_start_wait_time_s": "240",
 }
 """The environment of all runs."""
 LIMIT_S = 3600
@@ -74,6 +74,8 @@ def commands_of(block: str) -> list[str]:
 
 def fresh_text(page: Path, folder: Path) -> str:
     """Return the text of a page with the outputs of its commands, run in a folder."""
+    if page.suffix == ".ipynb":
+        return fresh_notebook(page, folder)
     text = page.read_text()
     for code, name in FILE.findall(text):
         (folder / name).write_text(code)
@@ -92,6 +94,38 @@ def fresh_text(page: Path, folder: Path) -> str:
         return match[0].replace(block, "\n".join([*shown, *chosen(output, parts), ""]))
 
     return BLOCK.sub(rewritten, text)
+
+
+def fresh_notebook(page: Path, folder: Path) -> str:
+    """Return a notebook with the outputs of its cells, without what they print as warnings."""
+    import nbclient
+    import nbformat
+
+    print(page.name, file=sys.stderr, flush=True)
+    book = nbformat.read(page, 4)
+    where = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(book, timeout=LIMIT_S, kernel_name="python3", resources=where)
+    client.execute()
+    for cell in book.cells:
+        cell.metadata = {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return str(nbformat.writes(book)) + "\n"
+
+
+def texts_of(notebook: str) -> list[str]:
+    """Return the code of a notebook's cells, and what they print, line by line.
+
+    Without live views, which show times.
+    """
+    lines = []
+    for cell in json.loads(notebook)["cells"]:
+        lines += "".join(cell["source"]).splitlines()
+        for output in cell.get("outputs", []):
+            shown = output.get("text") or output.get("data", {}).get("text/plain", [])
+            text = "".join(shown)
+            lines += [] if " of 8 trials" in text else text.splitlines()
+    return lines
 
 
 def output_of(command: str, folder: Path) -> list[str]:
@@ -119,13 +153,21 @@ def chosen(output: Sequence[str], parts: str) -> list[str]:
     lines: list[str] = []
     end = 0
     for part in parts.split(" | ") if parts else ["start..end"]:
-        first, _, last = part.partition("..")
+        first, dots, last = part.partition("..")
         begin = place(output, first, end)
         if begin > end:
             lines.append("...")
-        end = place(output, last or first, begin) + 1
+        end = end_of(output, begin, last if dots else first)
         lines += output[begin:end]
     return lines if end >= len(output) else [*lines, "..."]
+
+
+def end_of(output: Sequence[str], begin: int, last: str) -> int:
+    """Return the number after the line that ends a part; without `last`, its paragraph ends it."""
+    if last:
+        return place(output, last, begin) + 1
+    empty = (number for number in range(begin, len(output)) if not output[number].strip())
+    return next(empty, len(output))
 
 
 def place(output: Sequence[str], beginning: str, after: int) -> int:
@@ -140,7 +182,8 @@ def place(output: Sequence[str], beginning: str, after: int) -> int:
 
 def differences(shown: str, fresh: str) -> Iterator[str]:
     """Yield the differences of a page from its fresh text that a reader would call wrong."""
-    old, new = shown.splitlines(), fresh.splitlines()
+    is_notebook = shown.startswith("{")
+    old, new = (texts_of(t) if is_notebook else t.splitlines() for t in (shown, fresh))
     if len(old) != len(new):
         yield f"{len(old)} lines are shown, {len(new)} are printed"
     for a, b in zip(old, new, strict=False):
@@ -197,7 +240,9 @@ def keep_pictures(page: str, folder: Path) -> None:
 
 
 def start_ray() -> None:
-    """Start a Ray of one CPU, which the commands join."""
+    """Start a Ray of one CPU, which the commands join; with RAY_ADDRESS set, they join that one."""
+    if "RAY_ADDRESS" in os.environ:
+        return
     import ray
 
     from tfkd_ray.run.auth import own_token
