@@ -29,12 +29,16 @@ ERASED_SHAPE = (0.3, 3.3)
 
 
 def gathered(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Return images [B, C, H, W] whose pixels are those at rows y and columns x, int64 [B, H, W].
+    """Return new images [B, C, H, W] whose pixels are those at rows y and columns x.
 
     A place outside of the image counts as the nearest one inside.
+
+    Args:
+        y, x: integers that broadcast to [B, H, W].
     """
     B, C, H, W = images.shape
-    index = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).view(B, 1, H * W).expand(B, C, H * W)
+    place = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).long()
+    index = place.view(B, 1, H * W).expand(B, C, H * W)
     return images.view(B, C, H * W).gather(2, index).view(B, C, H, W)
 
 
@@ -57,9 +61,9 @@ def _displaced(images: Tensor, op: Tensor, strength: Tensor, *, relative: bool) 
     from_x = from_x + only("shear_x") * (y + 0.5) - (across * only("translate_x")).trunc()
     from_y = sin * dx + cos * dy + (H - 1) / 2
     from_y = from_y + only("shear_y") * (x + 0.5) - (down * only("translate_y")).trunc()
-    columns, rows = from_x.round().long(), from_y.round().long()
+    columns, rows = from_x.round().int(), from_y.round().int()
     inside = (columns >= 0) & (columns < W) & (rows >= 0) & (rows < H)
-    return gathered(images, rows, columns) * inside.view(B, 1, H, W)
+    return gathered(images, rows, columns).mul_(inside.view(B, 1, H, W))
 
 
 # --- colours: each takes images [B, C, H, W] and factors or levels [B, 1, 1, 1] -------------------
