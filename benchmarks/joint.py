@@ -12,6 +12,7 @@ objective, its next one is the point of a fixed random pool with the highest exp
 """
 
 import functools
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,7 +45,9 @@ class Own(OptunaSearcher):
         if k < STARTUP or not (of == g).any():
             return super()._sampler(n, g, k)
         point = self._best_of_pool(branches[g], g, x, of, y)
-        return samplers.PartialFixedSampler(point, samplers.RandomSampler(seed=n))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return samplers.PartialFixedSampler(point, samplers.RandomSampler(seed=n))
 
     def _best_of_pool(
         self, branch: Branch, g: int, x: np.ndarray, of: np.ndarray, y: np.ndarray

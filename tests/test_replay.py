@@ -109,11 +109,11 @@ def test_a_prediction_of_the_forest_is_scikit_learns(replays: Any) -> None:
 def test_epochs_that_nobody_judges_change_no_replay(
     replays: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = replays.search_of(replays.table, "tpe:pausing", 1, num_samples=60)
+    space = replays.search_of(replays.table, "tpe:pausing", 1, num_samples=25)
     runs: list[list[Any]] = []
     for _ in range(2):
         runs.append([])
-        replays.run_out(replays.replay(space, replays.world, most=200, at_once=3, seen=runs[-1]))
+        replays.run_out(replays.replay(space, replays.world, most=130, at_once=3, seen=runs[-1]))
         monkeypatch.setattr(replays, "Halving", replays.NoStopping)  # now every epoch is told
     assert runs[0] == runs[1]
 
