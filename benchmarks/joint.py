@@ -56,7 +56,7 @@ class Own(OptunaSearcher):
         pool = _pool(branch)
         at = np.array([_place(branch, params) for params in pool])
         tried = x[of == g]
-        at[(at[:, None] == tried[None, :, : at.shape[1]]).all(axis=2).any(axis=1)] = np.nan
+        again = (at[:, None] == tried[None, :, : at.shape[1]]).all(axis=2).any(axis=1)
         here = np.full((len(at), x.shape[1]), 0.5)
         here[:, : at.shape[1]] = at
         mean, error = self._posterior(x, of, y, np.vstack([tried, here]), g)
@@ -64,7 +64,8 @@ class Own(OptunaSearcher):
         mean, error = mean[len(tried) :], error[len(tried) :]
         z = (mean - best) / error
         gain = error * (z * norm.cdf(z) + norm.pdf(z))
-        return pool[int(np.nanargmax(gain))]
+        gain[again] = -1.0
+        return pool[int(gain.argmax())]
 
     def _trials_so_far(self, branches: list[Branch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return places, groups and standardised values of all trials that have reached a rung."""
