@@ -212,7 +212,9 @@ def pack(name: str, lines: Path) -> None:
 
 def _about(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return when, where and in how many seconds runs were made."""
-    kept = {k: v for k, v in about_now([], {}).items() if k in ("created", "versions", "git_commit")}
+    kept = {
+        k: v for k, v in about_now([], {}).items() if k in ("created", "versions", "git_commit")
+    }
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {**kept, "machine": machine, "seconds": sum(row["seconds"] for row in rows)}
 

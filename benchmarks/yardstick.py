@@ -119,7 +119,15 @@ def planned(table: Table, pair: str, epochs: float) -> int:
 # --- running --------------------------------------------------------------------------------------
 
 
-def measure(table: Table, pairs: Sequence[str], at_once: int, path: Path, most: int) -> None:
+def measure(
+    table: Table,
+    pairs: Sequence[str],
+    at_once: int,
+    path: Path,
+    *,
+    most: int = MOST,
+    shares: Sequence[float] = SHARES,
+) -> None:
     """Add repeats to a file of regrets until they are enough: first the least number of each budget."""
     world = World(table)
     whole = TRIALS * world.epochs
@@ -127,9 +135,9 @@ def measure(table: Table, pairs: Sequence[str], at_once: int, path: Path, most: 
     for kind, pair in itertools.product(MODELS, pairs):
         if pair.startswith(f"{kind}:"):
             usual[pair] = pair.replace(kind, "tpe", 1)
-    sizes = {(p, share): planned(table, usual[p], share * whole) for p in pairs for share in SHARES}
+    sizes = {(p, share): planned(table, usual[p], share * whole) for p in pairs for share in shares}
     found = read(path)
-    for upto, share in itertools.product((min(LEAST, most), most), SHARES):
+    for upto, share in itertools.product((min(LEAST, most), most), shares):
         here = [found.setdefault(pair, {}).setdefault(share, []) for pair in pairs]
         while not is_enough(here, upto):
             for pair in pairs:
@@ -263,6 +271,7 @@ def main() -> None:
     parser.add_argument("table", nargs="?", choices=list(SPACES))
     parser.add_argument("--at-once", type=int, default=1, help="trials at a time")
     parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="budgets")
     parser.add_argument("--most", type=int, default=MOST, help="repeats")
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "tfkd-yardstick", metavar="DIR"
@@ -273,7 +282,15 @@ def main() -> None:
         studies_in_memory()
         args.work.mkdir(parents=True, exist_ok=True)
         path = args.work / f"{args.table}-{args.at_once}.json"
-        measure(load(args.table), args.pairs.split(","), args.at_once, path, args.most)
+        shares = [float(share) for share in args.shares.split(",")]
+        measure(
+            load(args.table),
+            args.pairs.split(","),
+            args.at_once,
+            path,
+            most=args.most,
+            shares=shares,
+        )
         return
     measured = {}
     for name, at_once in itertools.product(SPACES, AT_ONCE):
