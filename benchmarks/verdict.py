@@ -1,6 +1,6 @@
 """How often the verdict is wrong: simulated experiments through the shipped `leads_of` and `decide`.
 
-    python benchmarks/verdict.py [--simulations 20000] [--seed 0] [--sequential]
+    python benchmarks/verdict.py [--simulations 20000] [--seed 0] [--sequential] [--finalists]
 
 Each simulation is an experiment: k = 3 candidates and m = 3 baselines, all on the same n seeds and the same test set.
 
@@ -220,6 +220,63 @@ def sweep(
 
 
 @dataclass(frozen=True)
+class Curse:
+    """Means over simulations of one objective's search, in points; each beside its standard error."""
+
+    looks: tuple[float, float]
+    """By how much the value of the best `CANDIDATES` is above their true accuracy."""
+    winner_looks: tuple[float, float]
+    """The same of the best one alone."""
+    winner_is: tuple[float, float]
+    """True accuracy of the best one, above the mean of all."""
+
+
+def curse(
+    simulations: int, trials: int, trials_sd: float, *, further: int = 0, seed: int = 0
+) -> Curse:
+    """Return how good the best trials of a search look, and are.
+
+    Args:
+        trials_sd: standard deviation of their true accuracies.
+        further: seeds of the best `CANDIDATES`, over which alone the mean is their value. 0: the
+            run that selected them is.
+    """
+    rng = np.random.default_rng(seed)
+    sums = list[Array]()
+    for size in (len(part) for part in np.array_split(np.arange(simulations), simulations // 250)):
+        true = rng.standard_normal((size, trials)) * trials_sd
+        runs = World(images=5000).accuracies(rng, size, 1 + further, true)[0]
+        best = runs[..., 0].argsort(axis=1)[:, -CANDIDATES:]
+        seen = runs[..., 1:].mean(axis=-1) if further else runs[..., 0]
+        seen, own = (np.take_along_axis(a, best, axis=1) for a in (seen, true))
+        above = seen - LARGE.accuracy - own
+        first = seen.argmax(axis=1)[:, None]
+        winner = np.take_along_axis(above, first, axis=1)
+        sums.append(
+            np.column_stack([above.mean(axis=1), winner, np.take_along_axis(own, first, axis=1)])
+        )
+    each = 100 * np.concatenate(sums)
+    errors = each.std(axis=0, ddof=1) / simulations**0.5
+    return Curse(*zip(each.mean(axis=0).tolist(), errors.tolist(), strict=True))
+
+
+def print_finalists(simulations: int, seed: int) -> None:
+    """Print the winner's curse of searches with and without further seeds, at equal epochs, too."""
+    heads = ["configurations, true sd in points", "value", "runs", "best 3 look better by"]
+    heads += ["the winner", "it is truly better than the mean by"]
+    print(f"\n| {' | '.join(heads)} |")
+    print("|---|---|---|---|---|---|")
+    for sd in (0.0, 0.1, 0.2, 0.5, 1.0):
+        for trials, further in ((64, 0), (73, 0), (64, 3)):
+            found = curse(simulations, trials, sd / 100, further=further, seed=seed)
+            value = f"mean of {further} further seeds" if further else "the run that selected"
+            cells = [f"{trials}, {sd:g}", value, str(trials + CANDIDATES * further)]
+            told = (found.looks, found.winner_looks, found.winner_is)
+            cells += [f"{mean:.3f} ± {error:.3f}" for mean, error in told]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+@dataclass(frozen=True)
 class SequentialRates:
     """What a sequential comparison does, beside a fixed one with as many seeds as its limit."""
 
@@ -339,7 +396,11 @@ def main() -> None:
     parser.add_argument("--simulations", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sequential", action="store_true", help="only sequential comparisons")
+    parser.add_argument("--finalists", action="store_true", help="only the winner's curse")
     args = parser.parse_args()
+    if args.finalists:
+        print_finalists(args.simulations, args.seed + 11)
+        return
     if args.sequential:
         print_sequential(args.simulations, args.seed + 10)
         return
@@ -401,6 +462,7 @@ def main() -> None:
         row(f"{gain} points", [verdicts(rates[n]) for n in SEEDS])
 
     print_sequential(sims, args.seed + 10)
+    print_finalists(sims, args.seed + 11)
 
     head("what we do not use")
     row(

@@ -39,7 +39,12 @@ PARTS: dict[str, list[type[Settings]]] = {
         ),
         RandAugment,
     ],
-    "Search": [SearchConfig, *members(FIELDS["sampler"]), *members(FIELDS["stopping"])],
+    "Search": [
+        SearchConfig,
+        *members(FIELDS["sampler"]),
+        *members(FIELDS["stopping"]),
+        *members(FIELDS["finalists"]),
+    ],
     "Objectives": [*members(FIELDS["objective"]), FeatureLayers],
     "Data sets": members(FIELDS["data"]),
     "Networks": members(FIELDS["student"]),

@@ -470,7 +470,7 @@ ONE_LR = {"lr": {"low": 0.01, "high": 0.5, "log": True}}
         ({"optim": {"lr": {"choices": [1, 2]}}, "search": {"sampler": "grid", "num_samples": 3}}, "search.num_samples: the grid has 2 points, each is one trial, got 3; leave it out"),
         ({"optim": {"batch_size": {"low": 1, "high": 200_000}}, "search": {"sampler": "grid"}}, "search.sampler: a grid of 200000 trials is more than 100000"),
         ({"objective": ["ce", "lsr"], "search": {"sampler": "gp", "split": False}}, "search.sampler: gp cannot choose among objectives; use tpe or random"),
-        ({"optim": ONE_LR, "search": {"metric": ["val_accuracy", "val_nll"]}}, "search.stopping: halving judges by one metric, and there are 2"),
+        ({"optim": ONE_LR, "search": {"metric": ["val_accuracy", "val_nll"], "stopping": "median"}}, "search.stopping: median judges by one metric, and there are 2"),
         ({"optim": ONE_LR, "search": {"metric": ["val_nll", "val_nll"]}}, "search.metric: a list of different metrics, got val_nll, val_nll"),
         ({"optim": ONE_LR, "search": {"metric": []}}, "search.metric: "),
         ({"optim": ONE_LR, "search": {"metric": ["val_acc"]}}, "search.metric: no such name 'val_acc'; did you mean 'val_accuracy'?"),

@@ -488,6 +488,16 @@ def test_a_false_better_is_rare_and_intervals_cover(simulation: dict[str, Any], 
         ), f"{n=} {r.coverage=}"
 
 
+@pytest.mark.slow
+def test_the_winners_curse_of_64_equal_trials_falls_with_further_seeds(
+    simulation: dict[str, Any],
+) -> None:
+    curse = simulation["curse"]
+    one, further = curse(1000, 64, 0.0), curse(1000, 64, 0.0, further=3)
+    assert 0.62 < one.looks[0] < 0.68 and 0.7 < one.winner_looks[0] < 0.85
+    assert abs(further.looks[0]) < 4 * further.looks[1] and further.winner_looks[0] <= 0.25
+
+
 def test_a_true_gain_is_found_when_there_are_enough_seeds(simulation: dict[str, Any]) -> None:
     gains = simulation["points"]([1, 0, 0], [0, 0, 0])
     rates = simulation["simulate"](500, gains, count=slice(0, 1), seed=5)

@@ -213,7 +213,10 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     _print_best(space, records, winner)
     print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and the best")
-    print("of many trials looks better than it is (selection bias).")
+    if space.search.metric in winner.means:
+        print("of a few finalists still looks a little better than it is (selection bias).")
+    else:
+        print("of many trials looks better than it is (selection bias).")
     where = shell_word(experiment)
     print(f"\nwritten to {short_path(experiment)}")
     if not whole:
@@ -231,7 +234,7 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
 
 def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: Path) -> None:
     """Print how the trials ended."""
-    from tfkd_ray.show.status import spent
+    from tfkd_ray.show.status import further_counts, spent
     from tfkd_ray.store.experiment import gone_sentence, gone_trials
 
     cut = "".join(f", {count[s]} {s}" for s in ("interrupted", "paused") if count[s])
@@ -239,11 +242,14 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
         f"{len(records)} trials, {spent(experiment)['seconds']:.0f} s: {count['done']} of full length, "
         f"{count['stopped']} stopped early, {count['failed']} failed{cut}"
     )
-    if lost := sum(record.lost for record in records):
+    runs = [run for record in records for run in record.further]
+    if runs:
+        print(f"  and {further_counts(Counter(run.status for run in runs))} with further seeds")
+    if lost := sum(record.lost for record in [*records, *runs]):
         print(f"  {lost} times a process was lost and its trial resumed; this is no failure")
     if gone := gone_trials(experiment):
         print(*wrapped(gone_sentence(gone), first="  "), sep="\n")
-    failed = [record for record in records if record.status == "failed"]
+    failed = [record for record in [*records, *runs] if record.status == "failed"]
     for record in failed[:3]:
         reason = (record.reason or "?").splitlines()[0]
         print(f"  {record.name} failed: {reason}\n    see {short_path(record.folder)}")
@@ -261,25 +267,28 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
     from tfkd_ray.learn.chance import chance_note
     from tfkd_ray.settings.yaml import in_yaml
+    from tfkd_ray.show.status import value_text
     from tfkd_ray.space.baselines import doubted, doubts
     from tfkd_ray.store.experiment import best, pareto
     from tfkd_ray.verdict.limits import is_feasible, limits_text
 
     metric, limits = space.search.metric, space.search.limits
-    print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
+    print(f"\nbest: {winner.name}, {metric} {value_text(winner, metric)}")
     if limits:
-        _print_limits(limits_text(limits), met=is_feasible(limits, winner.last))
+        _print_limits(limits_text(limits), met=is_feasible(limits, winner.judged))
     for key, value in winner.parameters.items():
         shown = f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
         print(f"  {key:<34} {shown}")
     for name in ("ce", "lsr"):
         rival = best([r for r in records if r.objective == name], metric, limits)
         if rival is not None and rival is not winner:
-            print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
+            print(f"best {name}: {rival.name}, {metric} {value_text(rival, metric)}")
     if found := doubts(records, metric, limits):
         text = f"baselines {doubted(found)}; tfkd confirm tunes them first"
         print(*wrapped(text, first="  "), sep="\n")
-    ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
+    again = metric in winner.means
+    alike = [r for r in records if r.status == "done" and (metric in r.means) == again]
+    ties = sum(r.judged.get(metric) == winner.judged[metric] for r in alike)
     if ties > 1:
         print(f"{ties} trials share this value; the first of them is named")
     if guessed := chance_note(space.example.data, winner.last.get("val_accuracy")):

@@ -209,6 +209,8 @@ class Recorder(Listener):
                 config=config,
                 reason=reason,
                 lost=self._losses.count(trial),
+                seed_of=assignment.seed_of,
+                seeds=assignment.seeds or 0,
             )
         )
 
@@ -394,7 +396,7 @@ def spent_so_far(experiment: Path, *, workers: Numbers) -> Numbers:
     durations of the epochs in metrics.jsonl, or the time that drivers counted, which includes
     epochs that were not reported. Seconds are the running time of all drivers.
     """
-    records = read_records(experiment)
+    records = [run for record in read_records(experiment) for run in record.runs]
     counted = read_spent(experiment)
     hours = (
         max(
@@ -427,8 +429,10 @@ def workers_of(tree: Values) -> Numbers:
     }
 
 
-def failed_numbers(experiment: Path) -> set[int]:
-    return {r.number for r in read_records(experiment) if r.status == "failed"}
+def failed_names(experiment: Path) -> set[str]:
+    """Return the names of the trials, and of runs with further seeds, that have failed."""
+    runs = (run for record in read_records(experiment) for run in record.runs)
+    return {run.name for run in runs if run.status == "failed"}
 
 
 class Budget(Listener, tune.Stopper):  # type: ignore[misc]
@@ -459,7 +463,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         self._workers = workers_of(space.tree)
         self._before = spent_so_far(experiment, workers=self._workers)
         self._began = clock()
-        self._failed = failed_numbers(experiment) - searcher.waiting()
+        self._failed = failed_names(experiment) - searcher.waiting_names()
         self._told = 0.0
         self._since: Numbers = {}
 
@@ -502,7 +506,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     def on_result(self, trial: Any, result: Tree) -> None:
         if result.get("failed"):
-            self._failed.add(assigned(trial).number)
+            self._failed.add(assigned(trial).name)
         self._write()
 
     def on_end(self, trial: Any) -> None:
@@ -517,7 +521,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     def on_failed(self, trial: Any) -> None:
         self.on_lost(trial)
-        self._failed.add(assigned(trial).number)
+        self._failed.add(assigned(trial).name)
 
     def on_close(self, trials: Sequence[Any]) -> None:
         self._write()

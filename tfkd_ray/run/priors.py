@@ -78,13 +78,13 @@ def _prior(space: Space, record: Record, metrics: Sequence[str], origin: str) ->
     place = placed(space, config)
     if isinstance(place, list):
         return place
-    values = [record.last.get(metric) for metric in space.search.metrics]
+    values = [record.judged.get(metric) for metric in space.search.metrics]
     if (
-        not all(is_number(record.last.get(metric)) for metric in metrics)
+        not all(is_number(record.judged.get(metric)) for metric in metrics)
         or record.last["epoch"] != config.epochs
     ):
         return [f"{' or '.join(metrics)}: not measured there, or not a number"]
     group, parameters = place
     params, distributions = as_asked(group, config.objective.called, parameters)
     found = [float(v) for v in values if v is not None]
-    return Prior(group.name, params, distributions, found, origin, record.last)
+    return Prior(group.name, params, distributions, found, origin, record.judged)

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna import Study, Trial, pruners, samplers
 from optuna.storages import BaseStorage
@@ -36,6 +37,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.images import address
 from tfkd_ray.run.connect import caller_argument, give_larger_share, send_elsewhere
+from tfkd_ray.run.finalists import FURTHER, FurtherSeeds, Run
 from tfkd_ray.run.priors import Prior, prior_trials
 from tfkd_ray.run.studies import (
     REPLACED,
@@ -54,6 +56,8 @@ from tfkd_ray.settings.passwords import masked, shown
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.show.listener import Epochs
+from tfkd_ray.space import fronts
+from tfkd_ray.space.finalists import Candidate, finalists
 from tfkd_ray.space.pausing import Action, Entrant, next_action
 from tfkd_ray.space.plain import PlainSpace, parameters_from, plain_space, search_settings
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
@@ -94,8 +98,12 @@ END_OF_STEPS = 2**31
 class _Live:
     """A running trial: its place in a study and the epochs reported, in all sessions."""
 
-    def __init__(self, study: Study, trial: Trial, reported: set[int]) -> None:
+    def __init__(
+        self, study: Study, trial: Trial, reported: set[int], run: Run | None = None
+    ) -> None:
         self.study, self.trial, self.reported = study, trial, reported
+        self.run = run
+        """Which further seed of which finalist it is; None: a trial of the search."""
         self.before = max(reported, default=0)
         self.epochs = Epochs()
         self.told: Any = None
@@ -185,6 +193,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """True if trials are stopped only by the studies' decisions (see `StudyStopping`)."""
         self._saved: dict[str, int] = {}
         self._saved_paused: dict[int, str] = {}
+        self._saved_further: dict[str, str] = {}
         self._space: Space | PlainSpace | None = None
         self._given: dict[str, list[Tree]] = {}
         if space is not None:
@@ -231,6 +240,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._next = 0
         self._entrants: list[dict[int, Entrant]] = []
         self._action: Action | None = None
+        self._further: FurtherSeeds | None = None
         self._held: dict[int, str] = {}
         self._warm: dict[int, list[Tree]] = {}
         self._points: dict[int, list[Tree]] = {}
@@ -294,6 +304,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return str(Searcher.FINISHED)
         if not self._has_room() or action.what == "wait" or action.number in self._held:
             return None
+        if action.what == "further":
+            return self._suggest_further(trial_id, Run(action.number, action.further))
         if action.what == "promote":
             n = action.number
             self._started[n] = self._attempt(n, action.rung)
@@ -426,8 +438,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def save(self, checkpoint_path: str) -> None:
         """Save which Tune trial belongs to which study trial; the study holds everything else."""
-        numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
+        numbers, further = dict[str, int](), dict[str, str]()
+        for i, live in self._live.items():
+            if live.run is None:
+                numbers[i] = live.trial.user_attrs["number"]
+            else:
+                further[i] = live.trial.user_attrs["name"]
         state: Tree = {"journal": str(self.journal), "trials": numbers}
+        state |= {"further": further} if further else {}
         state |= {"paused": self._held} if self._held else {}
         if isinstance(self._space, PlainSpace) and not self._space.constants:
             # a restored Tuner does not say its param_space again
@@ -439,6 +457,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         state = json.loads(Path(checkpoint_path).read_text())
         self._saved = state.get("trials", {})
         self._saved_paused = {int(n): i for n, i in state.get("paused", {}).items()}
+        self._saved_further = state.get("further", {})
         if self._space is None and "parameters" in state:
             parameters = parameters_from(state["parameters"])
             self._take_space(plain_space({}, parameters, **self._plain, constants=False))
@@ -459,6 +478,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             "_plain": {},
             "_told": (None, None),
             "_saved_paused": {},
+            "_saved_further": {},
         }
         kept = {key: value for key, value in state.items() if key != "space"}
         self.__dict__.update({**earlier, "_points_given": [], **kept})
@@ -477,16 +497,42 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return False
         fresh = self._put(live, result)
         epoch = live.epochs.of(result)
-        if epoch is None or epoch >= self.space.epochs:
+        if epoch is None or epoch >= self.space.epochs or live.run is not None:
             return False
         if self.pauses and self.judges:  # with another scheduler, nothing would pause
             value = as_number(result.get(self.space.search.metric))
             live.stopped, live.last = self._pauses_at(live, epoch, value), result
             return live.stopped
+        if self.space.search.more_metrics:
+            live.stopped = self._stops_by_fronts(live, epoch, result)
+            return live.stopped
         if not fresh and not (epoch == live.before and epoch in live.reported):
             return False
         live.stopped = bool(live.trial.should_prune())
         return live.stopped
+
+    def _stops_by_fronts(self, live: _Live, epoch: int, result: Tree) -> bool:
+        """Return True if a trial should stop at a rung, by all metrics; note values and decision.
+
+        Optuna keeps no intermediate values of several metrics, so they are attributes of the trial.
+        """
+        rung = max((r for r in self.space.rungs if r <= epoch), default=None)
+        if rung is None:
+            return False
+        known = live.trial.user_attrs.get(_at(rung))
+        if known is not None:  # a resumed trial reports its epochs again
+            return known["epoch"] == epoch and not known["goes_on"]
+        stopping = self.space.stopping
+        assert isinstance(stopping, Halving), f"{stopping=}"
+        told = [as_number(result.get(metric)) for metric in self.space.search.metrics]
+        values = [value if is_number(value) else None for value in told]
+        there = [t.user_attrs.get(_at(rung)) for t in self._numbered(live.study).values()]
+        came = [about["values"] for about in there if about is not None] + [values]
+        signs = [1.0 if mode == "max" else -1.0 for mode in self.space.search.modes]
+        passes = fronts.goes_on(np.array(came, dtype=float) * signs, stopping.factor)
+        about = {"epoch": epoch, "values": values, "goes_on": passes}
+        live.trial.set_user_attr(_at(rung), about)
+        return not passes
 
     # --- pausing
 
@@ -501,19 +547,24 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         to_start = self.remaining()
         if self._todo:
             return Action("start")
-        if not self.pauses:
+        if not self.pauses and (to_start or self._further is None):
             return Action("start" if to_start else "end")
         if self._action is None:
-            stopping = self.space.stopping
-            assert isinstance(stopping, Pausing), f"{stopping=}"
-            self._action = next_action(
-                [group.values() for group in self._entrants],
-                self.space.rungs,
-                stopping.factor,
-                maximize=self.space.search.mode == "max",
-                to_start=to_start,
-            )
+            self._action = self._next_of(self._entrants, to_start)
+            if self._action.what in ("wait", "end") and self._further is not None:
+                self._action = self._next_further(self._further)
         return self._action
+
+    def _next_of(self, groups: Sequence[Mapping[int, Entrant]], to_start: int = 0) -> Action:
+        """Return what is to do in some groups; where trials do not pause, start, wait or end."""
+        stopping = self.space.stopping
+        return next_action(
+            [group.values() for group in groups],
+            self.space.rungs if isinstance(stopping, Pausing) else [],
+            stopping.factor if isinstance(stopping, Pausing) else 1,
+            maximize=self.space.search.mode == "max",
+            to_start=to_start,
+        )
 
     def pause(self, trial_id: str) -> None:
         """Record that a trial has paused at the rung that it has reached."""
@@ -596,12 +647,76 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _notice_end(self, live: _Live) -> None:
         """Take up how a trial has ended in its study."""
+        if live.run is not None and self._further is not None:
+            self._further.end(live.run)
+            self._action = None
+            return
         n = live.trial.user_attrs["number"]
         state = _trials(live.study)[live.trial.number].state
         self._notice(n, self._entrant(n, state="whole" if state == TrialState.COMPLETE else "over"))
 
     def _has_room(self) -> bool:
         return self._most is None or len(self._live) < self._most
+
+    # --- further seeds of finalists
+
+    def _next_further(self, further: FurtherSeeds) -> Action:
+        """Return which finalist runs with a further seed, once its group's trials have ended."""
+        settings = self.space.search.finalists
+        assert settings is not None, "a search with further seeds"
+        ended = [self._next_of([group]).what == "end" for group in self._entrants]
+        chosen = [n for g, over in enumerate(ended) if over for n in self._finalists(g, settings.k)]
+        run = further.next(chosen, settings.seeds)
+        if run is not None:
+            return Action("further", run.number, further=run.further)
+        return Action("end" if all(ended) and not further.is_running else "wait")
+
+    def _finalists(self, g: int, k: int) -> list[int]:
+        """Return the best k trials of each objective of a group."""
+        group, study = self.space.groups[g], self._open()[g]
+        found = []
+        for n, trial in self._numbered(study).items():
+            if trial.state != TrialState.COMPLETE:
+                continue
+            branch, _ = group.values(optuna.trial.FixedTrial(trial.params))
+            met = all(excess <= 0 for excess in trial.constraints.values())
+            found.append(Candidate(n, branch.objective, trial.values[0], met))
+        return finalists(found, k, maximize=self.space.search.mode == "max")
+
+    def _numbered(self, study: Study) -> dict[int, FrozenTrial]:
+        """Return the trials of a study by number, of each the last attempt."""
+        numbered = (t for t in _trials(study) if "number" in t.user_attrs)
+        return {t.user_attrs["number"]: t for t in numbered}
+
+    def _suggest_further(self, trial_id: str, run: Run) -> Tree:
+        """Return the configuration of a finalist with a further seed, and record that it begins."""
+        assert isinstance(self.space, Space) and self.space.search.finalists, f"{self.space=}"
+        g = self._group_of[run.number]
+        trial = self._numbered(self._open()[g])[run.number]
+        parameters, config = self.space.groups[g].propose(optuna.trial.FixedTrial(trial.params))
+        config = config.model_copy(update={"seed": config.seed + run.further})
+        of = str(trial.user_attrs["name"])
+        name = f"{of}-seed{config.seed}"
+        self._begin_further(trial_id, run, name)
+        assignment = Assignment(
+            number=run.number,
+            name=name,
+            epochs=config.epochs,
+            parameters=parameters,
+            seed_of=of,
+            seeds=self.space.search.finalists.seeds,
+            metrics=self.space.search.measured,
+            directory=None if self.folder is None else self.folder / name,
+            more=self.place,
+        )
+        return {SECTION: assignment.section(), **config.tree}
+
+    def _begin_further(self, trial_id: str, run: Run, name: str) -> None:
+        assert self._further is not None, f"{run=}"
+        number, study = self._further.begin(run, name), self._further.study
+        reported = set(_trials(study)[number].intermediate_values)
+        self._live[trial_id] = _Live(study, self._again(study, number), reported, run)
+        self._action = None
 
     def note_error(self, trial_id: str, error: BaseException | None) -> None:
         """Remember the exception that ended a trial."""
@@ -627,17 +742,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def retry_failed(self) -> int:
         """Queue the failed trials again, with numbers, parameters and values; return their number."""
         studies = self._open()
-        latest = {
-            t.user_attrs["number"]: (study, t)
-            for study in studies
-            for t in _trials(study)
-            if "number" in t.user_attrs
-        }
+        latest = {n: (study, t) for study in studies for n, t in self._numbered(study).items()}
         failed = [entry for entry in latest.values() if entry[1].state == TrialState.FAIL]
         for study, trial in failed:
             study.add_trial(_running_again(trial, attempt=trial.user_attrs.get("attempt", 1) + 1))
         self._take_stock(studies)
-        return len(failed)
+        further = 0 if self._further is None else self._further.retry_failed()
+        return len(failed) + further
 
     def add_priors(self, priors: Sequence["Prior"]) -> None:
         """Add results of earlier experiments to the studies, each once.
@@ -713,13 +824,18 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Return True if no trial runs, and none will."""
         return not self._live and self.next_action().what == "end"
 
-    def end_early(self, number: int, metrics: Values) -> None:
+    def end_early(self, number: int, metrics: Values, *, name: str = "") -> None:
         """Record an unfinished trial of an earlier session as stopped; it is not proposed again.
 
         Args:
             metrics: those of its last epoch.
+            name: of a run with a further seed.
         """
         studies = self._open()
+        if self._further is not None and (run := self._further.called(name)) is not None:
+            self._further.end_early(run)
+            self._action = None
+            return
         known = self._started.pop(number, None)
         if known is not None:
             study = studies[self._group_of[number]]
@@ -744,6 +860,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             if "number" in t.user_attrs
         } | self.outside()
 
+    def names(self) -> set[str]:
+        """Return the names of all trials in the studies, and of their runs with further seeds."""
+        names = set(self.known().values())
+        return names if self._further is None else names | self._further.names()
+
+    def waiting_names(self) -> set[str]:
+        """Return the names of the trials, and of runs with further seeds, that run again."""
+        known = self.known()
+        names = {known[n] for n in self.waiting() if n in known}
+        return names if self._further is None else names | self._further.waiting()
+
     def recorded(self) -> list[Tree]:
         """Return the trees of these studies' spaces, mostly one. Release 0.1.0 recorded none."""
         noted = {
@@ -760,6 +887,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def studies(self) -> list[Study]:
         """Return the studies, one for each group of the space."""
         return self._open()
+
+    def further_copies(self, outside: Sequence[int]) -> list[FrozenTrial]:
+        """Return the runs with further seeds, for a space in which some trials lie outside."""
+        self._open()
+        return [] if self._further is None else list(self._further.copies(outside))
+
+    def optuna_further(self) -> Study:
+        """Return the study of the runs with further seeds, which is created where there is none."""
+        self._open()
+        return self._make_study(FURTHER) if self._further is None else self._further.study
 
     def optuna_storage(self) -> BaseStorage:
         """Return the storage of the studies."""
@@ -799,6 +936,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             with contextlib.nullcontext() if self.storage is None else database(self.storage):
                 studies = self._make_studies()
                 self._outside = self._read_outside()
+                self._further = self._read_further()
             self._studies = studies
             if isinstance(self.space, Space):
                 self.add_priors(prior_trials(self.space, self.priors))
@@ -807,7 +945,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 self._take_up(trial_id, n)
             paused = self.paused()
             self._held = {n: i for n, i in self._saved_paused.items() if n in paused}
-            self._saved, self._saved_paused = {}, {}
+            for trial_id, name in self._saved_further.items():
+                self._take_up_further(trial_id, name)
+            self._saved, self._saved_paused, self._saved_further = {}, {}, {}
         return self._studies
 
     def _make_studies(self) -> list[Study]:
@@ -840,11 +980,23 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def make_outside(self) -> Study:
         """Create the study of the trials that this space leaves out."""
+        self._open()
+        return self._make_study(OUTSIDE)
+
+    def _make_study(self, name: str) -> Study:
+        """Create or continue a study that no sampler reads."""
         return optuna.create_study(
-            storage=self.optuna_storage(),
-            study_name=f"{self.study}/{OUTSIDE}",
+            storage=self._storage,
+            study_name=f"{self.study}/{name}",
             directions=[{"max": "maximize", "min": "minimize"}[m] for m in self.space.search.modes],
+            load_if_exists=True,
         )
+
+    def _read_further(self) -> FurtherSeeds | None:
+        """Return the runs of finalists with further seeds; None if the space asks for none."""
+        if self.space.search.finalists is None:
+            return None
+        return FurtherSeeds(self._make_study(FURTHER))
 
     def outside(self) -> dict[int, str]:
         """Return the names of the trials that this space leaves out, by number."""
@@ -920,6 +1072,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         study = self._studies[self._group_of[n]]
         reported = set(_trials(study)[number].intermediate_values)
         self._live[trial_id] = _Live(study, self._again(study, number), reported)
+
+    def _take_up_further(self, trial_id: str, name: str) -> None:
+        """Leave an unfinished run with a further seed to Tune, which resumes it under its old id."""
+        run = None if self._further is None else self._further.called(name)
+        if run is not None and self._further is not None and name in self._further.waiting():
+            self._begin_further(trial_id, run, name)
 
     def _deal(self, n: int) -> tuple[int, int]:
         """Return (the smallest group, which gets trial n; the number of earlier trials in it)."""
@@ -1041,6 +1199,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 interval_steps=every[0],
             )
         return pruners.NopPruner()
+
+
+def _at(rung: int) -> str:
+    """Return the attribute of a trial with its values of several metrics at a rung."""
+    return f"at epoch {rung}"
 
 
 def _trials(study: Study) -> Any:
@@ -1385,6 +1548,9 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
         if name.startswith(f"{new.study}/"):  # left by a crash
             optuna.delete_study(study_name=name, storage=old.optuna_storage())
     studies = dict(zip([g.name for g in new.space.groups], new.studies(), strict=True))
+    outside = [number for number, name, _ in copies if name == OUTSIDE]
+    for run in old.further_copies(outside):
+        new.optuna_further().add_trial(run)
     if any(name == OUTSIDE for _, name, _ in copies):
         studies[OUTSIDE] = new.make_outside()
     for _, name, copied in sorted(copies, key=lambda entry: entry[0]):

@@ -30,7 +30,7 @@ from tfkd_ray.run.callbacks import (
     Losses,
     NoNodeLeft,
     SoftLabels,
-    failed_numbers,
+    failed_names,
     in_order,
     over_budget,
     spent_so_far,
@@ -83,7 +83,6 @@ from tfkd_ray.store.experiment import (
     gone_trials,
     is_begun,
     read_experiment,
-    read_record,
     read_records,
     trials_folder,
     write_experiment,
@@ -272,7 +271,7 @@ def resume_tuner(
         old = without_password(old)
         searcher = _searcher(old, experiment, storage, url)
         undone.callback(searcher.close)
-        storage.drop_unknown(found.name, searcher.known().values())
+        storage.drop_unknown(found.name, searcher.names())
         _check_unchanged(old, searcher)
         _check_all_there(searcher, experiment)
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
@@ -281,7 +280,7 @@ def resume_tuner(
         earlier = prior_trials(new, priors)
         spent = spent_so_far(experiment, workers=workers_of(old.tree))
         spent["max_failed_trials"] = (
-            0 if retry_failed else len(failed_numbers(experiment) - searcher.waiting())
+            0 if retry_failed else len(failed_names(experiment) - searcher.waiting_names())
         )
         new = _with_search(
             new, **{name: more + spent[name] for name, more in budgets.items() if more is not None}
@@ -296,6 +295,9 @@ def resume_tuner(
             wider = _searcher(new, experiment, storage, url)
             copy_trials(searcher, wider)
             searcher = wider
+        elif new.search.finalists != old.search.finalists:
+            searcher.close()
+            searcher = _searcher(new, experiment, storage, url)
         searcher.add_priors(earlier)
         if retry_failed:
             searcher.retry_failed()
@@ -396,8 +398,9 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
 
 def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
     """Refuse studies that lack trials of this experiment: numbers would be used twice."""
-    known = searcher.known()
-    lost = [r.name for r in read_records(experiment) if known.get(r.number) != r.name]
+    known = searcher.names()
+    runs = (run for record in read_records(experiment) for run in record.runs)
+    lost = [run.name for run in runs if run.name not in known]
     if lost:
         where = "study.journal" if searcher.storage is None else masked(searcher.storage)
         message = (
@@ -430,16 +433,14 @@ def _check_some_inside(searcher: OptunaSearcher, space: Space, experiment: Path,
 
 def _end_outside(searcher: OptunaSearcher, experiment: Path) -> None:
     """Note the end of unfinished trials that the space leaves out: they are not resumed."""
-    for name in searcher.outside().values():
-        folder = trials_folder(experiment) / name
-        if not (folder / "trial.json").is_file():
-            continue
-        record = read_record(folder)
-        if record.status in ("running", "interrupted", "paused"):
-            reason = "outside of the narrower space in which the sweep was resumed"
-            write_record(replace(record, status="stopped", reason=reason))
-            for state in (LAST, BEFORE):
-                (folder / state).unlink(missing_ok=True)
+    outside = set(searcher.outside().values())
+    for record in read_records(experiment) if outside else ():
+        for run in record.runs if record.name in outside else ():
+            if run.status in ("running", "interrupted", "paused"):
+                reason = "outside of the narrower space in which the sweep was resumed"
+                write_record(replace(run, status="stopped", reason=reason))
+                for state in (LAST, BEFORE):
+                    (run.folder / state).unlink(missing_ok=True)
 
 
 def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
@@ -461,6 +462,7 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
             "leave it out, or begin a new experiment: tfkd tune",
             experiment,
         )
+    finalists = _kept_finalists(old.search, new.search, experiment)
     alike = {b.objective: b.parameters for b in old.branches} == {
         b.objective: b.parameters for b in new.branches
     }
@@ -469,8 +471,26 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     samples = more_samples(new.search.num_samples, add_trials)
     budgets = old.search.budgets | new.search.budgets
     return _with_search(
-        new, storage=old.search.storage, study=study, num_samples=samples, **budgets
+        new,
+        storage=old.search.storage,
+        study=study,
+        num_samples=samples,
+        finalists=finalists,
+        **budgets,
     )
+
+
+def _kept_finalists(old: SearchConfig, new: SearchConfig, experiment: Path) -> Tree | None:
+    """Return the finalists of a sweep that is resumed: those of the new space, if it has any."""
+    was, now = old.finalists, new.finalists
+    if was is not None and now is not None and now.seeds < was.seeds:
+        raise ConfigError(
+            f"search.finalists.seeds: {now.seeds}, and finalists here get {was.seeds}, some of which may have run; "
+            "leave it, or raise it",
+            experiment,
+        )
+    kept = now or was
+    return None if kept is None else kept.tree
 
 
 def prepare(
@@ -643,6 +663,11 @@ def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune
             "tune_config.scheduler: the space's search.stopping is pausing, which is a scheduler of its own; leave one "
             "of them out (search.stopping: none)"
         )
+    if tune_config.scheduler is not None and search.finalists is not None:
+        raise ConfigError(
+            "tune_config.scheduler: the space has search.finalists, whose runs with further seeds a scheduler of yours "
+            "would stop; leave one of them out"
+        )
     if metric is not None and metric not in search.metrics[:1]:
         if search.more_metrics:
             raise ConfigError(
@@ -692,8 +717,7 @@ def _tuner(
         mode=None if told else tune_config.mode or space.search.mode,
         search_alg=searcher,
         scheduler=tune_config.scheduler or _scheduler(space, searcher),
-        # the searcher ends the sweep itself if it pauses trials, or has a budget alone
-        num_samples=(-1 if searcher.pauses or space.search.num_samples is None else max(1, trials)),
+        num_samples=-1 if _ends_itself(space) else max(1, trials),
         max_concurrent_trials=(
             space.search.max_concurrent
             if tune_config.max_concurrent_trials is None
@@ -725,6 +749,13 @@ def _tuner(
         max_failures=space.search.max_failures,
         verbose=verbose,
     )
+
+
+def _ends_itself(space: Space) -> bool:
+    """Return whether the searcher ends the sweep: Tune would count other runs than its trials."""
+    search = space.search
+    by_budget = search.num_samples is None
+    return isinstance(space.stopping, Pausing) or by_budget or search.finalists is not None
 
 
 def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:

@@ -13,6 +13,7 @@ from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Numbers, Tree, read_yaml
+from tfkd_ray.show.status import value_text
 from tfkd_ray.space.arms import read_comparison
 from tfkd_ray.store.experiment import (
     Record,
@@ -122,21 +123,29 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
     winner = best(records, metric, limits)
     value = f"{metric} {record.last[metric]:.4f}"
     if limits:
-        value += f" ({limits_text(limits)}: it {met_text(limits, record.last)})"
+        value += f" ({limits_text(limits)}: it {met_text(limits, record.judged)})"
+    further = ""
+    if metric in record.means:
+        further = (
+            f" The same settings with further seeds: {metric} {value_text(record, metric)}, by which it is ranked; "
+            "that mean is not of the run that was selected, and these weights are."
+        )
     if winner is not None and winner.name == record.name:
         full = sum(r.status == "done" for r in records)
         text = (
             f"The best of {len(records)} trials of the sweep `{experiment.name}` on validation ({full} of full "
             f"length): {value} after its last epoch. It was selected by this number, which is therefore biased: the "
-            "best of many trials looks better than it is."
+            f"best of many trials looks better than it is.{further}"
         )
     else:
         ahead = (
-            f"; its best trial is `{winner.name}` with {winner.last[metric]:.4f}" if winner else ""
+            f"; its best trial is `{winner.name}` with {value_text(winner, metric)}"
+            if winner
+            else ""
         )
         text = (
             f"Trial `{record.name}` of the sweep `{experiment.name}` ({len(records)} trials), picked by hand: {value} "
-            f"on validation after its last epoch{ahead}."
+            f"on validation after its last epoch{ahead}.{further}"
         )
     return Chosen(
         name=f"{experiment.name}/{record.name}",

@@ -14,7 +14,7 @@ from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.page import Axis, Figure, Panel, Series, escaped
 from tfkd_ray.show.page_script import DARK, PALE_LINE
 from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, value_at_rung
-from tfkd_ray.show.status import ExperimentPlan, read_lasts
+from tfkd_ray.show.status import ExperimentPlan, counted, read_lasts
 from tfkd_ray.space.ranges import Choices, Range
 from tfkd_ray.space.relate import lies_in
 from tfkd_ray.space.space import Parameter, Space, build_space
@@ -67,11 +67,12 @@ class Sweep:
         """Return (epoch, value in the unit that is shown) at which a trial is drawn.
 
         Of a trial of full length the last epoch, of others the last rung that they reached; NaN
-        before the first. One that was stopped between rungs has the value of its last epoch.
+        before the first. One that was stopped between rungs has the value of its last epoch. A
+        finalist has the mean over its further seeds.
         """
         epoch = int(record.last.get("epoch", 0))
         if record.status == "done":
-            return epoch, self.value(record.last)
+            return epoch, self.value(record.judged)
         rungs = [rung for rung in self.space.rungs if rung <= epoch]
         if rungs:
             epoch = rungs[-1]
@@ -140,6 +141,8 @@ class Sweep:
         at = f"{value:.4g} {unit} after epoch {epoch}" if math.isfinite(value) else "no value"
         if record.status != "done":
             at += f", {record.status}"
+        elif self.metric in record.means:
+            at += f", mean of {counted(len(record.further), 'further seed')}"
         lines = [f"{record.name}: {at}"]
         lines += [f"{name}: {number_text(v)}" for name, v in record.parameters.items()]
         return "<br>".join(map(escaped, lines))
@@ -638,9 +641,16 @@ def number_text(value: Any) -> str:
 
 
 def trial_value(sweep: Sweep, record: Record) -> str:
-    """Return a trial's value with its unit; below full length, the last one with its epoch."""
-    value = sweep.value(record.last)
+    """Return a trial's value with its unit; below full length, the last one with its epoch.
+
+    Of a finalist, the mean over its further seeds, with its standard error.
+    """
+    value, metric = sweep.value(record.judged), score_of(sweep.metric)
     if not math.isfinite(value):
         return "no value"
-    shown = score_of(sweep.metric).show(record.last[sweep.metric])
+    shown = metric.show(record.judged[sweep.metric])
+    if sweep.metric in record.means:
+        error = record.error(sweep.metric)
+        shown += "" if error is None else f" ± {metric.number(error)}"
+        return f"{shown} (mean of {counted(len(record.further), 'further seed')})"
     return shown if record.status == "done" else f"{shown} after epoch {record.last['epoch']:.0f}"

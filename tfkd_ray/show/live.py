@@ -31,11 +31,26 @@ from tfkd_ray.settings.yaml import Numbers, Tree, Values, in_yaml
 from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.show.pace import Begun, Pace, epochs_left
-from tfkd_ray.show.status import ExperimentPlan, duration, read_plan, spent
+from tfkd_ray.show.status import (
+    ExperimentPlan,
+    duration,
+    error_text,
+    further_line,
+    read_plan,
+    spent,
+)
 from tfkd_ray.show.waiting import FRAMES, Waiting
 from tfkd_ray.space.search_config import Pausing, SearchConfig
 from tfkd_ray.store.assignment import assigned
-from tfkd_ray.store.experiment import FULL_LENGTH, STOPPED_BY, read_record, read_records
+from tfkd_ray.store.experiment import (
+    FULL_LENGTH,
+    STATUSES,
+    STOPPED_BY,
+    Record,
+    means_of,
+    read_record,
+    read_records,
+)
 from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.limits import feasible_first, met_text
 
@@ -66,9 +81,13 @@ class _Run:
     status: str = "running"
     value: float = math.nan
     images_per_s: float = 0.0
-    last: Values = field(default_factory=dict)
-    """Metrics of its last epoch."""
+    last: Numbers = field(default_factory=dict)
+    """Metrics of its last epoch, as far as they judge it."""
     objective: str = ""
+    of: str | None = None
+    """The trial of which it is a run with a further seed."""
+    seeds: int = 0
+    """Number of further seeds that this trial gets."""
 
     @property
     def begun(self) -> Begun:
@@ -128,6 +147,7 @@ class Progress(OwnCallback):
         self._wait = Waiting(self._console)
         self._cell: Any = None
         self._runs: dict[str, _Run] = {}
+        self._further: dict[str, dict[str, _Run]] = {}
         self._failures: list[str] = []
         self._notes: list[str] = []
         self._epochs: deque[float] = deque(maxlen=SPEED_EPOCHS)
@@ -170,24 +190,35 @@ class Progress(OwnCallback):
             SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)}
         )
         self._start = time.time()
-        for record in read_records(self._experiment):  # results of earlier sessions
-            if record.status in ("done", "stopped", "failed", "paused"):
-                row, last = self._plan.row(record), record.last
-                run = _Run(record.name, row, self._plan.rows.get(row, 0), record.parameters)
-                run.epoch, run.status, run.value = (
-                    int(last.get("epoch", 0)),
-                    record.status,
-                    _number_cell(last, self._metric),
-                )
-                run.last, run.objective = last, record.objective
-                self._runs[record.name] = run
-                self._note_best(run)
+        for trial in read_records(self._experiment):  # results of earlier sessions
+            for record in trial.runs:
+                if record.status in ("done", "stopped", "failed", "paused"):
+                    self._take_up(run := self._earlier(record))
+                    self._note_best(run)
         if self._console.is_jupyter:
             self._cell = _Cell()
         elif self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
         self._draw(force=True)
+
+    def _take_up(self, run: _Run) -> None:
+        self._runs[run.name] = run
+        if run.of is not None:
+            self._further.setdefault(run.of, {})[run.name] = run
+
+    def _earlier(self, record: Record) -> _Run:
+        """Return a trial of an earlier session."""
+        row, last = self._plan.row(record), record.last
+        run = _Run(record.name, row, self._plan.rows.get(row, 0), record.parameters)
+        run.epoch, run.status = int(last.get("epoch", 0)), record.status
+        run.value, run.last, run.objective = (
+            _number_cell(last, self._metric),
+            last,
+            record.objective,
+        )
+        run.of, run.seeds = record.seed_of, record.seeds
+        return run
 
     def on_step(self) -> None:
         self._look_for_nodes()
@@ -214,8 +245,9 @@ class Progress(OwnCallback):
         row = assignment.arm or objective
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
         run.epoch, run.value = int(last.get("epoch", 0)), _number_cell(last, self._metric)
-        run.last, run.objective = last, objective
-        self._runs[run.name] = run
+        run.last, run.objective = dict(last), objective
+        run.of, run.seeds = assignment.seed_of, assignment.seeds or 0
+        self._take_up(run)
         self._pace.started(run.name, row, time.monotonic())
         self._say(f"{run.name}: {again}")
 
@@ -223,7 +255,7 @@ class Progress(OwnCallback):
         run = self._run_of(trial)
         if run is not None:
             run.epoch, run.value = epoch, _number_cell(metrics, self._metric)
-            kept = [*self._plan.limits, self._compared]
+            kept = [*self._plan.limits, self._compared, self._metric]
             run.last = {name: metrics[name] for name in kept if name in metrics}
             run.images_per_s = _number_cell(metrics, "images_per_s")
             seconds = _number_cell(metrics, "seconds")
@@ -305,7 +337,7 @@ class Progress(OwnCallback):
 
     def _note_best(self, ended: _Run) -> None:
         """Note the best value after the end of a trial."""
-        if self._plan.metric is None:
+        if self._plan.metric is None or ended.of is not None:
             return
         before = [] if self._winner is None else [self._winner]
         self._winner = self._best_of([*before, ended])
@@ -336,23 +368,27 @@ class Progress(OwnCallback):
 
     def screen(self, width: int, height: int) -> list[Text]:
         """Return the current state as lines that leave at least one of the screen's free."""
-        runs = list(self._runs.values())
+        both = list(self._runs.values())
+        runs = [run for run in both if run.of is None]
         count = Counter(run.status for run in runs)
+        count["running"] = sum(run.status == "running" for run in both)
+        failed = sum(run.status == "failed" for run in both)
         used = spent(self._experiment, count["running"], since=self._start)
-        left = self._epochs_left(runs)
-        lines = [self._title(runs, count, used, width), *self._progress(runs, used, left, width)]
-        parts = [*self._speed(runs), *self._budgets(used, count["failed"])]
+        left = self._epochs_left(runs) + self._further_left()
+        lines = [self._title(runs, count, used, width), *self._progress(both, used, left, width)]
+        parts = [*self._speed(both), *self._budgets(used, failed)]
         lines += map(Text, self._joined(parts, width))
         below = [*self._best_so_far(width), *map(Text, self._best_lines(runs, width))]
         below += map(Text, self._rungs(runs, width))
+        below += map(Text, self._further_lines())
         below += [] if self._plan.metric else [Text(_NO_VERDICT[self._compared], "dim")]
         below += [Text(text) for text in self._waits(runs)]
         below += [Text(f"failed: {text}", "red") for text in self._failures[-3:]]
         below += map(Text, self._notes[-2:])
         room = max(3, height - len(lines) - len(below) - 4)
-        going = sum(run.status == "running" for run in runs)
+        going = count["running"]
         rows = self._rows(runs, width, most=max(3, room - min(going, max(2, room // 3)) - 1))
-        trials = self._running(runs, width, most=max(1, room - len(rows) - 1))
+        trials = self._running(both, width, most=max(1, room - len(rows) - 1))
         lines += [Text(""), *rows, *([Text("")] if trials else []), *trials]
         lines += [Text(""), *below] if below else []
         shown = lines[: max(1, height - 1)]
@@ -460,6 +496,8 @@ class Progress(OwnCallback):
         left = self._pace.seconds_left(begun, new, self._plan.rule, time.monotonic())
         if left is None:
             return ""
+        if rate := self._rate():
+            left += self._further_left() / rate
         if self._plan.trials is None:
             left = math.inf
         budget = (self._search.time_budget_s or math.inf) - used["seconds"]
@@ -482,9 +520,37 @@ class Progress(OwnCallback):
                 yield f"{hours * tree[f'{unit}s_per_worker']:.2f} of {limit:g} {unit.upper()}-hours"
 
     def _best_of(self, runs: Sequence[_Run]) -> _Run | None:
+        """Return the best trial of full length; those with a mean over further seeds come first."""
         full = [run for run in runs if run.status == "done"]
-        ranked = scores.ranked(full, self._metric, lambda run: run.value)
-        return next(iter(feasible_first(ranked, self._plan.limits, lambda run: run.last)), None)
+        ranked = scores.ranked(full, self._metric, lambda run: self._judged(run)[self._metric])
+        ranked.sort(key=lambda run: self._metric not in self._means(run))
+        return next(iter(feasible_first(ranked, self._plan.limits, self._judged)), None)
+
+    def _means(self, run: _Run) -> Numbers:
+        """Return the means of a trial's metrics over its further seeds, once they have ended."""
+        return means_of(list(self._further.get(run.name, {}).values()))
+
+    def _judged(self, run: _Run) -> Numbers:
+        return {self._metric: run.value, **run.last, **self._means(run)}
+
+    def _most_further(self) -> int:
+        """Return how many runs with further seeds there are at most."""
+        told = self._plan.finalists
+        return 0 if told is None else told["k"] * told["seeds"] * len(self._plan.rows)
+
+    def _further_left(self) -> int:
+        """Return the epochs of further seeds that are left, at most."""
+        length = max(self._plan.rows.values(), default=0)
+        done = sum(run.epoch for runs in self._further.values() for run in runs.values())
+        return max(0, self._most_further() * length - done)
+
+    def _further_lines(self) -> list[str]:
+        """Return a line on the runs with further seeds, once one has begun."""
+        count = Counter(run.status for runs in self._further.values() for run in runs.values())
+        if not count:
+            return []
+        told = {state: count[state] for state in STATUSES}
+        return [further_line({"planned": self._most_further(), **told})]
 
     def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
         """Return lines on the best trial of a sweep and its parameters."""
@@ -492,8 +558,11 @@ class Progress(OwnCallback):
         if winner is None:
             return []
         values = _settings_of(winner)
-        limited = met_text(self._plan.limits, winner.last)
-        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}"
+        judged = self._judged(winner)
+        limited = met_text(self._plan.limits, judged)
+        text = f"best: {winner.name}, {self._metric} {judged[self._metric]:.4f}"
+        if self._means(winner):
+            text += error_text(None, len(self._further[winner.name]))
         text += f", {limited}" if limited else ""
         text += f": {values}" if values else ""
         return textwrap.wrap(
@@ -558,8 +627,10 @@ class Progress(OwnCallback):
         yield f"\tfull\tstopped\tfailed\trunning\t{head}" + "\tvs ce" * versus
         for row in shown:
             count, best = Counter(run.status for run in by_row[row]), self._best_of(by_row[row])
-            value = f"{best.value:.4f}" if best else ""
-            lead = f"{best.value - ce.value:+.4f}" if best and ce and best is not ce else ""
+            value = f"{self._judged(best)[self._metric]:.4f}" if best else ""
+            lead = ""
+            if best and ce and best is not ce:
+                lead = f"{self._judged(best)[self._metric] - self._judged(ce)[self._metric]:+.4f}"
             counts = [str(count[s]) for s in ("done", "stopped", "failed", "running")]
             yield "\t".join([on_one_line(row), *counts, value]) + f"\t{lead}" * versus
 

@@ -17,8 +17,9 @@ from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
+from tfkd_ray.show.status import counted
 from tfkd_ray.space.arms import Arms, runs_of
-from tfkd_ray.space.search_config import Pausing
+from tfkd_ray.space.search_config import Finalists, Pausing
 from tfkd_ray.space.space import Branch, Space
 
 OF_MANY = 100
@@ -73,18 +74,35 @@ class SweepPlan:
     """Most bytes of soft labels in each node's cache."""
     compares: bool = False
     """True for a comparison: its parts are arms, and nothing is stopped early."""
+    finalists: Finalists | None = None
+    """Trials of each objective that get further seeds, and how many."""
 
     @property
     def epochs(self) -> float:
-        """Expected epochs of all trials."""
+        """Expected epochs of all trials, without those of further seeds."""
         return sum(part.epochs for part in self.parts)
+
+    @property
+    def further(self) -> int:
+        """Runs with further seeds, at most."""
+        return sum(map(self.further_of, self.parts))
+
+    def further_of(self, part: Part) -> int:
+        """Return the runs with further seeds of an objective, at most: few of its trials may end."""
+        if self.finalists is None:
+            return 0
+        return min(self.finalists.k, part.trials) * self.finalists.seeds
 
     @property
     def seconds(self) -> float | None:
         """Seconds of training, teachers included, one trial at a time; None without a probe."""
         if self.teacher_s is None or any(part.epoch_s is None for part in self.parts):
             return None
-        return self.teacher_s + sum(part.epochs * (part.epoch_s or 0) for part in self.parts)
+        seconds = self.teacher_s
+        for part in self.parts:
+            again = self.further_of(part) * part.reaching[-1][0]
+            seconds += (part.epochs + again) * (part.epoch_s or 0)
+        return seconds
 
 
 def plan(space: Space, *, probe: bool = False) -> SweepPlan:
@@ -115,15 +133,18 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
         # trials share views, up to the largest ratio
         labelling = 1 + max(ratio for branch in space.branches for ratio in ratios_of(branch))
         teacher_s += sum(
-            _view_seconds(run) * labelling * _views(run.augment, space.epochs)
+            _view_seconds(run) * labelling * _views_of(space, run.augment)
             for run in space.teacher_runs()
             if banked
         )
     config = space.example
     # a teacher keeps its weights
-    disk = _weights(config) * _copies(space) * sum(dealt.values()) + sum(
-        _weights(run) for run in space.teacher_runs()
-    )
+    finalists = space.search.finalists
+    count = sum(dealt.values())
+    if finalists is not None:
+        count += sum(min(finalists.k, trials) * finalists.seeds for trials in dealt.values())
+    disk = _weights(config) * _copies(space) * count
+    disk += sum(_weights(run) for run in space.teacher_runs())
     bank = 0
     if banked:
         from tfkd_ray.learn.soft_labels import limit
@@ -142,6 +163,7 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
         disk,
         tuple(sorted({*ratios} - {0.0})),
         bank,
+        finalists=finalists,
     )
 
 
@@ -262,6 +284,14 @@ def _views(augment: Augment, epochs: int) -> int:
     return epochs if augment.key(0, 1) != augment.key(0, 2) else 1
 
 
+def _views_of(space: Space, augment: Augment) -> int:
+    """Return how many views of the images a sweep has: those of each seed, where they vary."""
+    views, finalists = _views(augment, space.epochs), space.search.finalists
+    if views == 1 or finalists is None:
+        return views
+    return views * (1 + finalists.seeds)
+
+
 def slots_here(space: Space) -> int:
     """Return how many trials a sweep runs at a time on this machine: one for each CPU or GPU share.
 
@@ -333,6 +363,7 @@ def lines(
         if least:
             span = f"from {least} epochs (one trial at a time, none failed) to {most}"
         yield f"in all {span}; without early stopping always {most}"
+        yield from _further_lines(found)
     if found.teacher_epochs:
         yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"
@@ -344,6 +375,20 @@ def lines(
     if found.bank:
         yield f"soft labels: at most {_bytes_per_epoch(found.bank)} in each node's cache (TFKD_BANK_GB)"
     yield from _hours(found, slots, gpu_hour_price)
+
+
+def _further_lines(found: SweepPlan) -> Iterator[str]:
+    """Yield what the further seeds of the finalists cost."""
+    if found.finalists is None:
+        return
+    k, seeds = found.finalists.k, found.finalists.seeds
+    epochs = found.further * found.parts[0].reaching[-1][0]
+    share = 100 * epochs / max(1, found.epochs)
+    each = "" if len(found.parts) == 1 else " of each objective"
+    yield from wrapped(
+        f"then {counted(seeds, 'further seed')} of the best {k}{each}: at most {found.further} runs, {epochs} epochs "
+        f"({share:.0f} % more)"
+    )
 
 
 def _table_of_trials(found: SweepPlan) -> list[str]:

@@ -132,6 +132,8 @@ class Receipt:
     hours: Mapping[str, float]
     """Hours of each of the above by its name, at each objective's measured seconds an epoch; `used`
     is the measured total."""
+    further: int | None = None
+    """Epochs of finalists' runs with further seeds, beside those used; None if the space has none."""
 
 
 def receipt(space: Space, records: Sequence[Record]) -> Receipt:
@@ -153,6 +155,10 @@ def receipt(space: Space, records: Sequence[Record]) -> Receipt:
     held = gpus or config["workers"] * config["cpus_per_worker"]
     mean = seconds.total() / took.total() if took.total() else 0.0
 
+    again = [run for r in records for run in r.further]
+    further = sum(int(run.last.get("epoch", 0)) for run in again)
+    took_further = sum(m.get("seconds", 0.0) for run in again for m in run.metrics)
+
     def hours(epochs: Mapping[str, float]) -> float:
         return float(
             held
@@ -163,7 +169,9 @@ def receipt(space: Space, records: Sequence[Record]) -> Receipt:
     return Receipt(
         sum(most.values()), sum(expected.values()), took.total(), saved.total(), "GPU-hours" if gpus else "CPU-hours",
         space.search.num_samples is None,
-        {"most": hours(most), "expected": hours(expected), "used": hours(took), "saved": hours(saved)},
+        {"most": hours(most), "expected": hours(expected), "used": hours(took), "saved": hours(saved),
+         "further": held / 3600 * took_further},
+        None if space.search.finalists is None else further,
     )  # fmt: skip
 
 
@@ -174,6 +182,11 @@ def receipt_rows(found: Receipt) -> list[tuple[str, str]]:
         return f"{epochs:,.0f} epochs, {found.hours[name]:.2g} {found.unit}"
 
     whole = "these trials" if found.endless else "the plan"
+    further = (
+        []
+        if found.further is None
+        else [("used for further seeds", amount("further", found.further))]
+    )
     share = f" ({100 * found.saved / found.most:.0f} % of {whole})" if found.most else ""
     return [
         (
@@ -182,6 +195,7 @@ def receipt_rows(found: Receipt) -> list[tuple[str, str]]:
         ),
         ("expected by tfkd plan", amount("expected", found.expected)),
         ("used", amount("used", found.used)),
+        *further,
         ("saved by early stopping", amount("saved", found.saved) + share),
     ]
 
@@ -278,6 +292,8 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
     benchmarks/RESULTS.md has measurements of how often that is right.
     """
     found: dict[str, str] = {}
+    if space.search.more_metrics:  # rungs judge by all of them, and this rule by one
+        return []
     rungs = space.rungs
     for at in rank_correlations(space, records):
         bloomers = _late_bloomers(space, records, at.objective, at.rung)

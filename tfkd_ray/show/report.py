@@ -295,13 +295,15 @@ def _not_a_verdict(sweep: Sweep) -> str:
         )
         return f"No trial of full length yet ({n} trials), so there is no best one.{there}"
     first, *rest = sweep.ranked(sweep.full)
-    ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
+    value, again = first.judged[sweep.metric], sweep.metric in first.means
+    alike = [r for r in rest if (sweep.metric in r.means) == again]
+    ties = sum(r.judged[sweep.metric] == value for r in alike)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
     if sweep.limits:
         shared += (
-            f" Constraints: {limits_text(sweep.limits)}; it {met_text(sweep.limits, first.last)}."
+            f" Constraints: {limits_text(sweep.limits)}; it {met_text(sweep.limits, first.judged)}."
         )
-        if not is_feasible(sweep.limits, first.last):
+        if not is_feasible(sweep.limits, first.judged):
             shared += " No trial of full length meets them: it is the best of those that do not."
     if found := doubts(sweep.records, sweep.metric, sweep.limits):
         shared += f" Baselines {doubted(found)}; tfkd confirm tunes them first."
@@ -343,9 +345,14 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
         _trial_row(one, record, heads, list(columns.values())) for *_, one, record in sorted(rows)
     )
     top = "".join(f'<th scope="col">{escaped(head)}</th>' for head in heads)
+    further = (
+        " With ±, it is the mean of further seeds, and its standard error."
+        if any(record.further for one in several for record in one.sweep.records)
+        else ""
+    )
     return (
         f"<p>The value is the {escaped(score_of(sweep.metric).title)}: after the last epoch, and below full length "
-        "(circle) after the last rung. Click on a trial here, or on a point or line below, to mark it in "
+        f"(circle) after the last rung.{further} Click on a trial here, or on a point or line below, to mark it in "
         "all views.</p>\n"
         '<div class="controls" hidden><input id="filter" type="search" aria-label="filter" '
         'placeholder="filter: words, or lr&lt;0.1 status=done">'
@@ -384,6 +391,8 @@ def _trial_row(
         number = f"{value:.6g}"
         shown = f"{value:.2f}" if score_of(sweep.metric).unit == "%" else f"{value:.4f}"
         shown += f" at epoch {epoch}" if epoch < sweep.space.epochs else ""
+        if (error := record.error(sweep.metric)) is not None:
+            shown += f" ± {score_of(sweep.metric).number(error)}"
     epochs = f"{record.last.get('epoch', 0):.0f}"
     before = [one.name] if "experiment" in heads else []
     texts = [*before, record.objective, record.status, epochs, shown]
@@ -405,7 +414,7 @@ def _best_table(sweep: Sweep) -> str:
     rows = []
     winners = sweep.ranked([f[0] for o in sweep.plan.rows if (f := sweep.ranked(sweep.full_of(o)))])
     for record in winners:
-        gap = sweep.value(record.last) - sweep.value(winners[0].last)
+        gap = sweep.value(record.judged) - sweep.value(winners[0].judged)
         settings = "\n".join(
             f"{short_name(k)} = {number_text(v)}" for k, v in record.parameters.items()
         )
@@ -416,7 +425,7 @@ def _best_table(sweep: Sweep) -> str:
              settings, _equivalence(record)]
         )  # fmt: skip
         if sweep.limits:
-            rows[-1].append(met_text(sweep.limits, record.last))
+            rows[-1].append(met_text(sweep.limits, record.judged))
     none = [o for o in sweep.plan.rows if not sweep.full_of(o)]
     text = f"<p>No trial of full length yet: {escaped(', '.join(none))}.</p>" if none else ""
     if not rows:

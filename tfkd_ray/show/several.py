@@ -84,12 +84,12 @@ def best_rows(several: Sequence[NamedSweep]) -> Rows:
             if (ranked := one.sweep.ranked(one.sweep.of(objective, one.sweep.records)))
         ]
         sign = -1 if metric.direction == "max" else 1
-        best.sort(key=lambda pair: sign * pair[1].last[metric.key])
+        best.sort(key=lambda pair: sign * pair[1].judged[metric.key])
         for one, record in best:
-            gap = record.last[metric.key] - best[0][1].last[metric.key]
+            gap = record.judged[metric.key] - best[0][1].judged[metric.key]
             begun = len(one.sweep.of(objective, one.sweep.records))
             found.append(
-                [objective, one.name, record.name, metric.number(record.last[metric.key]),
+                [objective, one.name, record.name, metric.number(record.judged[metric.key]),
                  metric.number(gap) if gap else "0", str(begun), str(one.sweep.space.epochs)]
             )  # fmt: skip
     head = [

@@ -28,6 +28,7 @@ from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, some_
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.show.pace import Begun, HalvingRule, epochs_left
+from tfkd_ray.space.finalists import Candidate, finalists
 from tfkd_ray.space.pausing import halving_rungs
 from tfkd_ray.store.experiment import (
     BASELINES,
@@ -49,6 +50,7 @@ from tfkd_ray.store.experiment import (
     read_text,
     stop_requests,
     trial_folders,
+    with_further,
 )
 from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.limits import (
@@ -104,6 +106,14 @@ class ExperimentPlan:
         if self.kind != "sweep":
             return NO_LIMITS
         return as_limits(self.about["space"]["search"].get("constraints"))
+
+    @property
+    def finalists(self) -> Mapping[str, int] | None:
+        """`k` trials of each objective that get `seeds` further seeds; None if none does."""
+        if self.kind != "sweep":
+            return None
+        found: dict[str, int] | None = self.about["space"]["search"].get("finalists")
+        return found
 
     @property
     def mode(self) -> str:
@@ -200,6 +210,8 @@ def read_plan(experiment: Path) -> ExperimentPlan:
         samples = search["num_samples"]
         trials = None if samples is None else int(samples)
         as_limits(search.get("constraints"))  # raises here, where damage is told
+        if (told := search.get("finalists")) is not None:
+            int(told["k"]), int(told["seeds"])
         return ExperimentPlan("sweep", str(about["created"]), rows, trials, metric, about)
 
 
@@ -230,7 +242,8 @@ def _no_experiment(directory: Path) -> str:
 def read_lasts(experiment: Path, alive: bool | None = None) -> list[Record]:
     """Read all trials by number, each with the metrics of its last epoch only.
 
-    A trial that a killed driver left as 'running' becomes 'interrupted'.
+    A trial that a killed driver left as 'running' becomes 'interrupted'. Runs with further seeds
+    are in the `further` of their trials.
 
     Args:
         alive: whether a driver runs the experiment now, if that is known; see `is_running`.
@@ -243,7 +256,7 @@ def read_lasts(experiment: Path, alive: bool | None = None) -> list[Record]:
         if record is not None:
             dead = record.status == "running" and not alive
             records.append(replace(record, status="interrupted") if dead else record)
-    return sorted(records, key=lambda r: r.number)
+    return sorted(with_further(records), key=lambda r: r.number)
 
 
 def record_of(folder: Path) -> Record | None:
@@ -369,7 +382,10 @@ def status(experiment: Path) -> Tree:
     rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
     constraints   of a sweep: in words; empty without any
     best          trial, objective, value, how many trials share the value, and whether it meets the constraints
-                  (`feasible`); null before a trial is of full length
+                  (`feasible`); null before a trial is of full length. A finalist's value is the mean over its
+                  further seeds: their number is `seeds` (else 0), `error` the mean's standard error (else null)
+    further       runs of finalists with further seeds: planned (at most, until all trials have ended), started, the
+                  number in each state, and epochs: done, planned; null without search.finalists
     ahead         before one is of full length, and trials pause: trial, objective, value, epoch of the best at the
                   highest rung; else null
     baselines     the best of ce and of lsr, if they are searched
@@ -390,10 +406,13 @@ def status(experiment: Path) -> Tree:
     counts = Counter(r.status for r in records)
     over = counts["done"] + counts["stopped"] + counts["failed"]
     verdict = _verdict_of(experiment)
+    further = _further_seeds(records, plan)
+    runs = [run for record in records for run in record.runs]
     if plan.trials is None:
         finished = not alive and _is_spent(plan, experiment)
     else:
         finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
+        finished = finished and (further is None or _further_ended(further))
     done_epochs = sum(epoch_of(r) for r in records)
     now = time.time()
     state = "interrupted"
@@ -401,7 +420,7 @@ def status(experiment: Path) -> Tree:
         state = "finished"
     elif alive:
         state = "running"
-    rate = _rate(experiment, records, now) if state == "running" else None
+    rate = _rate(experiment, runs, now) if state == "running" else None
     rows, sweep = _status_rows(records, plan), plan.kind == "sweep"
     since = _changed(experiment / "driver.txt") if alive else math.inf
     return {
@@ -421,6 +440,7 @@ def status(experiment: Path) -> Tree:
         "constraints": limits_text(plan.limits),
         "best": _best_trials(records, plan),
         "ahead": _ahead(records, plan),
+        "further": further,
         "baselines": {name: rows[name]["best"] for name in BASELINES if sweep and name in rows},
         "verdict": verdict or [],
         "epochs": {"done": done_epochs, "planned": plan.epochs},
@@ -429,16 +449,56 @@ def status(experiment: Path) -> Tree:
         ),
         "ran_s": spent(experiment, since=since)["seconds"] if sweep else None,
         "rate": rate,
-        "left_s": _left(plan, records, rate),
-        "failures": _last_failures(records),
+        "left_s": _left(plan, records, further, rate),
+        "failures": _last_failures(runs),
         "stopped": [
             {"trial": r.name, "reason": first_line(r.reason)}
-            for r in records
+            for r in runs
             if r.status == "stopped" and r.reason
         ],
         "stopping": sorted(stop_requests(experiment)) if state == "running" else [],
         "gone": gone_trials(experiment) if sweep else [],
     }
+
+
+def _further_seeds(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
+    """Return how many runs with further seeds the finalists have, in each state, and of how many."""
+    if plan.finalists is None or plan.metric is None or plan.trials is None:
+        return None
+    k, seeds = plan.finalists["k"], plan.finalists["seeds"]
+    length = max(plan.rows.values(), default=0)
+    runs = [run for record in records for run in record.further]
+    over = sum(record.status in ("done", "stopped", "failed") for record in records)
+    planned = k * seeds * len(plan.rows)
+    if over >= plan.trials:  # then the finalists are known
+        begun = {record.number: len(record.further) for record in records if record.further}
+        chosen = finalists_of(records, k, plan.metric, plan.limits)
+        if "@" in str(plan.about["space"]["search"].get("study")):
+            chosen = []  # the sweep went on in another space, and some trials may lie outside
+        planned = sum(max(seeds, begun.get(n, 0)) for n in {*chosen, *begun})
+    counts = Counter(run.status for run in runs)
+    epochs = {"done": sum(map(epoch_of, runs)), "planned": planned * length}
+    return {
+        "planned": planned,
+        "started": len(runs),
+        **{s: counts[s] for s in STATUSES},
+        "epochs": epochs,
+    }
+
+
+def _further_ended(further: Tree) -> bool:
+    ended = sum(further[s] for s in ("done", "stopped", "failed"))
+    return bool(ended >= further["planned"])
+
+
+def finalists_of(records: Sequence[Record], k: int, metric: str, limits: Limits) -> list[int]:
+    """Return the numbers of the finalists, as the search chooses them: by their own last epoch."""
+    found = []
+    for r in records:
+        value = r.last.get(metric, math.nan)
+        if r.status == "done" and math.isfinite(value):
+            found.append(Candidate(r.number, r.objective, value, is_feasible(limits, r.last)))
+    return finalists(found, k, maximize=scores.score_of(metric).direction == "max")
 
 
 def _is_spent(plan: ExperimentPlan, experiment: Path) -> bool:
@@ -503,7 +563,8 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
     trials    number of trials begun
     best      trial, objective, values by metric, parameters, config: of the best trial; with
               several metrics, of each trial that no other beats in all of them, the best in the
-              first metric first; `feasible`: whether it meets the constraints
+              first metric first; `feasible`: whether it meets the constraints. A finalist's values
+              are means over its further seeds: `seeds` their number, `errors` the standard errors
     constraints   of the space, in words; empty without any
     """
     return {
@@ -514,11 +575,13 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree
             {
                 "trial": r.name,
                 "objective": r.objective,
-                "values": {m: r.last[m] for m in plan.metrics},
+                "values": {m: r.judged[m] for m in plan.metrics},
+                "errors": {m: r.error(m) for m in plan.metrics},
+                "seeds": len(r.further) if plan.metric in r.means else 0,
                 "parameters": r.parameters,
                 "config": r.config,
-                "feasible": is_feasible(plan.limits, r.last),
-                "limited": met_text(plan.limits, r.last),
+                "feasible": is_feasible(plan.limits, r.judged),
+                "limited": met_text(plan.limits, r.judged),
             }
             for r in front
         ],
@@ -536,7 +599,8 @@ def best_lines(found: Tree, experiment: Path) -> list[str]:
                 "no trial of full length meets them: it is the best of those that do not"
             )
     if len(metrics) == 1:
-        value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
+        value, seeds = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}", best[0]["seeds"]
+        value += error_text(best[0]["errors"][metrics[0]], seeds)
         return [
             f"{best[0]['trial']} of {_shown_name(experiment)}: {value}, the best of {found['trials']} on validation",
             *limited,
@@ -550,6 +614,25 @@ def best_lines(found: Tree, experiment: Path) -> list[str]:
         rows.append("\t".join([on_one_line(entry["trial"]), *values]))
     lines = [f"{title}on validation in all of", *in_columns(rows, TERMINAL_WIDTH - 2)]
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}", *limited]
+
+
+def error_text(error: float | None, seeds: int) -> str:
+    """Return what follows a finalist's value: its error, and over how many seeds it is the mean."""
+    if not seeds:
+        return ""
+    spread = "" if error is None else f" ± {error:.4f}"
+    return f"{spread} (mean of {counted(seeds, 'further seed')})"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: 1 further seed, 3 further seeds."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def value_text(record: Record, metric: str) -> str:
+    """Return the value that judges a trial; a finalist's with its error and its seeds."""
+    seeds = len(record.further) if metric in record.means else 0
+    return f"{record.judged[metric]:.4f}{error_text(record.error(metric), seeds)}"
 
 
 def _front_value(value: float) -> str:
@@ -584,14 +667,18 @@ def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None
     judged = ranked_trials(records, plan.metric, plan.limits)
     if not judged:
         return None
-    winner, value = judged[0], judged[0].last[plan.metric]
-    shared = sum(r.last[plan.metric] == value for r in judged)
+    winner, value = judged[0], judged[0].judged[plan.metric]
+    again = plan.metric in winner.means
+    alike = [r for r in judged if (plan.metric in r.means) == again]
+    shared = sum(r.judged[plan.metric] == value for r in alike)
     return {
         "trial": winner.name,
         "objective": winner.objective,
         "value": value,
         "shared_by": shared,
-        "feasible": is_feasible(plan.limits, winner.last),
+        "feasible": is_feasible(plan.limits, winner.judged),
+        "seeds": len(winner.further) if again else 0,
+        "error": winner.error(plan.metric),
     }
 
 
@@ -652,14 +739,19 @@ def _ahead(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
     }
 
 
-def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -> float | None:
+def _left(
+    plan: ExperimentPlan, records: Sequence[Record], further: Tree | None, rate: float | None
+) -> float | None:
     if not rate or plan.trials is None:
         return None
     begun = [
         Begun(plan.row(r), epoch_of(r), int(r.config.get("epochs", 0)), r.status) for r in records
     ]
     new = plan.not_begun(b.row for b in begun)
-    return epochs_left(begun, new, plan.rule) / rate
+    left = epochs_left(begun, new, plan.rule)
+    if further is not None:
+        left += max(0, further["epochs"]["planned"] - further["epochs"]["done"])
+    return left / rate
 
 
 def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> Numbers:
@@ -688,7 +780,10 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
         lines.insert(
             1, f"PRESET {found['preset']}: scaled down, not comparable with what is published"
         )
-    lines += [*in_columns(_table_rows(found), width), "", *_best_trial_lines(found)]
+    lines += [*in_columns(_table_rows(found), width), ""]
+    if found["further"]:
+        lines += [further_line(found["further"])]
+    lines += _best_trial_lines(found)
     for sentence in found["verdict"]:
         lines += wrapped(f"verdict, {sentence}", width)
     times = _time_parts(found)
@@ -702,6 +797,22 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     if found["gone"]:
         lines += wrapped(gone_sentence(found["gone"]), width)
     return [fitted(line.rstrip(), width) for line in lines]
+
+
+def further_line(further: Tree) -> str:
+    """Return a sentence on the runs with further seeds: 4 of 9 done, 2 running."""
+    told = [f"{further['done']:,} of {further['planned']:,} done"]
+    told += [f"{further[state]:,} {state}" for state in _NOT_DONE if further[state]]
+    return f"further seeds of finalists: {', '.join(told)}"
+
+
+_NOT_DONE = ("running", "interrupted", "failed", "stopped")
+
+
+def further_counts(count: Mapping[str, int]) -> str:
+    """Return how runs with further seeds have ended: 9 runs, 1 failed."""
+    total = counted(sum(count.values()), "run")
+    return ", ".join([total, *(f"{count[s]:,} {s}" for s in _NOT_DONE if count.get(s))])
 
 
 def _out_of(planned: int | None) -> str:
@@ -726,13 +837,15 @@ def _best_trial_lines(found: Tree) -> Sentences:
     best, metric = found["best"], found["metric"]
     if best:
         ties = f", shared by {best['shared_by']} trials" if best["shared_by"] > 1 else ""
-        yield f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}"
+        error = error_text(best["error"], best["seeds"])
+        yield f"best so far: {best['trial']}, {metric} {best['value']:.4f}{error}{ties}"
         if found["constraints"]:
             meets = "meets" if best["feasible"] else "no trial meets"
             yield from wrapped(f"{meets} the constraints: {found['constraints']}")
         for name, rival in found["baselines"].items():
             if rival is not None and rival["trial"] != best["trial"]:
-                yield f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}"
+                error = error_text(rival["error"], rival["seeds"])
+                yield f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}{error}"
         yield f"best of {found['trials']['started']:,} on validation: not a verdict"
     elif metric:
         yield "no trial of full length yet, so there is no best one"

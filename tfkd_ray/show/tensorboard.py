@@ -163,9 +163,12 @@ class TensorBoard(OwnCallback):
         values, group = dict(trial.evaluated_params), ""
         if assignment is not None:
             values = {**self._shared_values(trial), **assignment.parameters}
-            if assignment.arm is not None:  # the seeds of an arm are one session group
-                # all experiments in TensorBoard share the names of groups
-                group = f"{assignment.arm} ({self._folder.absolute().parent.name})"
+            # the seeds of an arm, and the further seeds of a trial, are one session group
+            shared = assignment.arm
+            if assignment.seed_of is not None:
+                shared = f"{assignment.seed_of}, further seeds"
+            if shared is not None:  # all experiments in TensorBoard share the names of groups
+                group = f"{shared} ({self._folder.absolute().parent.name})"
         elif isinstance(self._space, PlainSpace):
             values = self._space.values_in(trial.config)
         objective = self._objective(trial)

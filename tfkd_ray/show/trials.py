@@ -67,7 +67,8 @@ def trials_table(
     """Return the trials of an experiment, or of several, as text.
 
     A field is trial, number, objective, status, epoch, reason, a metric after the last epoch, or a searched parameter
-    by its whole name or its end (`alpha` is that of each trial's own objective).
+    by its whole name or its end (`alpha` is that of each trial's own objective). A finalist has `further_seeds`, runs
+    done, and of the sweep's metric the `mean` over them and its standard `error`.
 
     Args:
         sort: a field, ascending; `FIELD:desc` for descending. Trials without the field come last.
@@ -80,7 +81,7 @@ def trials_table(
         others: more experiments; each trial then has the field `experiment`.
     """
     plan = read_plan(experiment)
-    rows = [_row(record) for record in read_lasts(experiment)]
+    rows = [_row(record, plan.metric) for record in read_lasts(experiment)]
     if others:
         rows = _rows_of_several([experiment, *others], plan)
     fields = _fields(rows)
@@ -119,7 +120,9 @@ def _rows_of_several(experiments: Sequence[Path], first: ExperimentPlan) -> list
                 experiment,
             )
         name = experiment.absolute().name
-        rows += [{"experiment": name, **_row(record)} for record in read_lasts(experiment)]
+        rows += [
+            {"experiment": name, **_row(record, plan.metric)} for record in read_lasts(experiment)
+        ]
     return rows
 
 
@@ -174,7 +177,7 @@ def _as_csv(rows: Sequence[Row], fields: Sequence[str]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def _row(record: Record) -> Row:
+def _row(record: Record, metric: str | None) -> Row:
     ends = {
         name.rpartition(".")[2] for name in record.parameters
     }  # `lr` is the searched value, not that of the last epoch
@@ -186,8 +189,19 @@ def _row(record: Record) -> Row:
         "epoch": epoch_of(record),
         **{k: v for k, v in record.last.items() if k != "epoch" and k not in ends},
         **record.parameters,
+        **_of_further_seeds(record, metric or ""),
         **({"reason": record.reason} if record.reason is not None else {}),
     }
+
+
+def _of_further_seeds(record: Record, metric: str) -> Row:
+    """Return what a finalist has besides: runs done, and the metric's mean and error over them."""
+    if not record.further:
+        return {}
+    found: Row = {"further_seeds": sum(run.status == "done" for run in record.further)}
+    mean, error = record.means.get(metric), record.error(metric)
+    found |= {} if mean is None else {"mean": mean}
+    return found if error is None else found | {"error": error}
 
 
 def _value(row: Row, field: str) -> Any:
@@ -269,7 +283,8 @@ def _cell(row: Row, field: str) -> str:
 def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
     metric = plan.metric or "train_loss"
     several = any("experiment" in row for row in rows)
-    head = f"trial\tstatus\tepoch\t{metric}\tparameters"
+    finalists = any("further_seeds" in row for row in rows)
+    head = f"trial\tstatus\tepoch\t{metric}\t" + "further seeds\t" * finalists + "parameters"
     lines = [f"experiment\t{head}" if several else head]
     for row in rows:
         value = f"{row[metric]:.4f}" if metric in row else ""
@@ -278,9 +293,17 @@ def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
         reason = first_line(row["reason"]) if row.get("reason") else parameters
         trial = on_one_line(cut_short(row["trial"]))
         before = f"{on_one_line(row['experiment'])}\t" if several else ""
+        value += f"\t{_mean_cell(row)}" if finalists else ""
         shown = f"{trial}\t{row['status']}\t{row['epoch']}\t{value}\t{on_one_line(reason)}"
         lines.append(before + shown)
     return "\n".join(in_columns(lines))
+
+
+def _mean_cell(row: Row) -> str:
+    """Return a finalist's mean over further seeds with its error; their number before there is one."""
+    if "mean" not in row:
+        return f"{row['further_seeds']} done" if "further_seeds" in row else ""
+    return f"{row['mean']:.4f}" + (f" ± {row['error']:.4f}" if "error" in row else "")
 
 
 # --- one trial's log -------------------------------------------------------------------------------------------
@@ -330,7 +353,8 @@ def folder_of_trial(experiment: Path, trial: str, others: Sequence[str] = ()) ->
         return folders[trial]
     wanted = f"t{int(trial):04d}-" if trial.isdecimal() else trial
     near = [folder for name, folder in folders.items() if trial and name.startswith(wanted)]
-    if len(near) == 1:
+    runs = [folder for folder in near[1:] if folder.name.startswith(f"{near[0].name}-seed")]
+    if len(near) == 1 + len(runs):  # with its runs with further seeds
         return near[0]
     if near:
         raise ConfigError(

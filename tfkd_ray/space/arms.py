@@ -57,7 +57,7 @@ from tfkd_ray.store.experiment import (
     selection_metric,
 )
 from tfkd_ray.verdict import scores
-from tfkd_ray.verdict.limits import feasible_first, is_feasible, limits_text, met_text
+from tfkd_ray.verdict.limits import is_feasible, limits_text, met_text
 from tfkd_ray.verdict.scores import Selectable
 from tfkd_ray.verdict.seed_plan import SeedPlan
 
@@ -426,23 +426,22 @@ def arms_of(
     there = [experiment] if baselines is None else [experiment, baselines]
     for name in [b for b in BASELINES if b in rivals]:
         found = [record for where in there for record in _full(where) if record.objective == name]
-        found = [record for record in found if metric in record.last]
+        found = ranked_trials(found, metric, limits)
         if not found:
             raise ConfigError(
                 f"no full-length trial of the baseline {name}; tune it first", experiment
             )
-        ranked = scores.ranked(found, metric, lambda record: record.last[metric])
-        rival = feasible_first(ranked, limits, lambda record: record.last)[0]
+        rival = found[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
     records = [record for where in there for record in read_records(where)]
     found_doubts = [d for d in doubts(records, metric, limits) if d.baseline in rivals]
     if found_doubts:
         notes.append(f"Baselines {doubted(found_doubts)}.")
-    if limits and not is_feasible(limits, first.last):
+    if limits and not is_feasible(limits, first.judged):
         notes.append(
             f"No trial of the sweep meets its constraints ({limits_text(limits)}): {first.name} "
-            f"{met_text(limits, first.last)}."
+            f"{met_text(limits, first.judged)}."
         )
     best_run = validated(TrainConfig, arms[0]["config"])
     weight = best_run.ce_share

@@ -72,7 +72,7 @@ def _far_below(records: Sequence[Record], name: str, metric: str, limits: Limits
         return ""
     row = score_of(metric)
     assert row.margin is not None, f"{metric=}: no search chooses by it"
-    gap = sign(metric) * (plain.last[metric] - ours.last[metric])
+    gap = sign(metric) * (plain.judged[metric] - ours.judged[metric])
     unit = "points" if row.unit == "%" else row.unit
     return f"{row.number(gap)} {unit} behind ce" if gap > FAR_BEHIND * row.margin else ""
 

@@ -40,11 +40,13 @@ class Entrant:
 class Action(NamedTuple):
     """What happens next."""
 
-    what: Literal["start", "promote", "wait", "end"]
+    what: Literal["start", "promote", "further", "wait", "end"]
     number: int = -1
-    """The trial that goes on, if one is promoted."""
+    """The trial that goes on, if one is promoted; the finalist that runs with a further seed."""
     rung: int = 0
     """The rung from which it goes on."""
+    further: int = 0
+    """Which of its further seeds runs: 1 is the number after its own."""
 
 
 def next_action(

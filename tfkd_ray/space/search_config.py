@@ -216,6 +216,20 @@ class NoStopping(Settings):
 
 Stopping = Halving | Pausing | Hyperband | Asha | Median | NoStopping
 
+
+class Finalists(Settings):
+    """Further seeds for the best trials of each objective, once all of its trials have ended.
+
+    The mean over the further seeds is the value of such a trial. The run that was selected is left
+    out of it: the best of many runs looks better than it is.
+    """
+
+    k: Count = 3
+    """Number of trials of each objective that get further seeds."""
+    seeds: Count = 3
+    """Further seeds of each: the numbers after the trial's own `seed`."""
+
+
 ENDLESS = 10**9
 """Trials of a search that does not end by their number."""
 TIME_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours")
@@ -285,7 +299,10 @@ class SearchConfig(Settings):
     stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = (
         Halving()
     )
-    """Early stopping. With the grid sampler and no explicit value: none."""
+    """Early stopping. With the grid sampler, or several metrics, and no explicit value: none."""
+    finalists: Finalists | None = None
+    """Further seeds for the best trials of each objective, such as {k: 3, seeds: 3}; the mean over
+    them is then the trial's value. None: a trial's own run is its value."""
     metric: Searchable = "val_accuracy"
     """Validation metric after a trial's last epoch, which is the trial's value; val_ema_accuracy by
     default if all trials have `ema`. NLL and ECE are minimised, others maximised. A list, such as

@@ -54,6 +54,7 @@ from tfkd_ray.space.ranges import (
 )
 from tfkd_ray.space.search_config import (
     TIME_BUDGETS,
+    Asha,
     Gp,
     Grid,
     Halving,
@@ -502,9 +503,15 @@ def _with_unlabelled(branches: Sequence[Branch]) -> Branch:
 
 
 def _sized(space: Space) -> SearchConfig:
-    """Return the search settings with a grid's own defaults: its size, and no early stopping."""
+    """Return the search settings with the defaults of a grid, or of several metrics.
+
+    A grid has its size, and no early stopping; several metrics have no early stopping.
+    """
     search = space.search
-    return search.model_copy(update=defaults_of_grid(space, search.model_fields_set))
+    defaults = defaults_of_grid(space, search.model_fields_set)
+    if search.more_metrics and "stopping" not in search.model_fields_set:
+        defaults["stopping"] = NoStopping()
+    return search.model_copy(update=defaults)
 
 
 def defaults_of_grid(space: Searched, given: Collection[str]) -> Tree:
@@ -787,12 +794,13 @@ def _averages_are_there(space: Space) -> Sentences:
 
 
 def _stopping_judges_by_one_metric(space: Searched) -> Sentences:
-    """Reject early stopping with several metrics."""
+    """Reject early stopping by one metric where there are several."""
     search, stopping = space.search, space.stopping
-    if search.more_metrics and not isinstance(stopping, NoStopping):
+    by_fronts = type(stopping) is Halving
+    if search.more_metrics and not (by_fronts or isinstance(stopping, NoStopping)):
         yield (
             f"stopping: {stopping.name} judges by one metric, and there are {len(search.metrics)}: a trial that is "
-            "behind in one may be ahead in another; set stopping: none"
+            "behind in one may be ahead in another; set stopping: halving, or none"
         )
 
 
@@ -885,6 +893,32 @@ def _endless_search_has_a_budget(space: Searched) -> Sentences:
         )
 
 
+def _finalists_are_known(space: Searched) -> Sentences:
+    """Reject finalists that never come to be, or whose means order nothing."""
+    search, finalists = space.search, space.search.finalists
+    if finalists is None:
+        return
+    share = share_of(space)
+    if search.num_samples is None:
+        yield (
+            "finalists: with num_samples: null trials are added until the budget is spent, and only then the best are "
+            "known; set num_samples"
+        )
+    elif finalists.k > share:
+        yield (
+            f"finalists.k: {finalists.k}, and an objective gets {share} trials; lower k, or raise num_samples"
+        )
+    if search.more_metrics:
+        yield (
+            f"finalists: the best are those of one metric, and there are {len(search.metrics)}: no mean over seeds "
+            "orders a front; leave it out, or name one metric"
+        )
+    if isinstance(space.stopping, Asha):
+        yield (
+            "finalists: asha, which is Ray's own, would stop runs with further seeds at its rungs; use halving"
+        )
+
+
 SEARCH_RULES = (
     _sampler_is_installed,
     _sampler_proposes_choices,
@@ -904,6 +938,7 @@ SEARCH_RULES = (
     _median_begins,
     _gpu_hours_end,
     _endless_search_has_a_budget,
+    _finalists_are_known,
 )
 """Rules in the order in which their problems are reported, all of them at once."""
 

@@ -34,6 +34,10 @@ class Assignment:
     """Searched values by parameter name; in a comparison the run's arm and seed."""
     arm: str | None = None
     """The arm of a comparison's run."""
+    seed_of: str | None = None
+    """The trial of which this is a run with a further seed."""
+    seeds: int | None = None
+    """Number of further seeds that this trial gets."""
     metrics: tuple[str, ...] = ()
     """Metrics that every epoch must report, because the search judges by them."""
     storage: Storage | None = None

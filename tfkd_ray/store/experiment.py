@@ -6,6 +6,7 @@
     stop/                          what `tfkd stop` asks of the driver: a file a trial, or `sweep`
     trials/t0007-tfkd_reg/         one folder a trial
         trial.json                 number, objective, searched parameters, configuration, status, reason
+                                   (trials/t0007-tfkd_reg-seed1/: a run of trial 7 with a further seed)
         metrics.jsonl              one line an epoch
         student.safetensors        weights after the last epoch (full-length trials)
         last.ckpt, before.ckpt     run state to resume from, and the one before; removed at the end
@@ -26,11 +27,12 @@ import os
 import platform
 import select
 import shlex
+import statistics
 import subprocess
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -124,13 +126,81 @@ class Record:
     reason: str | None = None
     lost: int = 0
     """Times that its process was lost and the trial resumed; not a failure of its own."""
+    seed_of: str | None = None
+    """The trial of which this is a run with a further seed (`search.finalists`). None: a trial."""
+    seeds: int = 0
+    """Number of further seeds that the trial gets, in their runs."""
     metrics: list[Numbers] = field(default_factory=list)
     """Metrics of each epoch."""
+    further: tuple["Record", ...] = ()
+    """Its runs with further seeds, by seed."""
 
     @property
     def last(self) -> Numbers:
         """Metrics of the last epoch; empty before the first."""
         return self.metrics[-1] if self.metrics else {}
+
+    @property
+    def means(self) -> Numbers:
+        """Means of the last metrics over its further seeds; empty until all of these have ended.
+
+        A metric that is NaN or missing in one of them has no mean, and a run that failed leaves the
+        trial without any.
+        """
+        return means_of(self.further)
+
+    @property
+    def judged(self) -> Numbers:
+        """Metrics that judge the trial: those of its last epoch, or their means over further seeds."""
+        return {**self.last, **self.means}
+
+    def error(self, metric: str) -> float | None:
+        """Return the standard error of a mean over further seeds; None without two of them."""
+        if len(self.further) < 2 or metric not in self.means:
+            return None
+        values = [run.last[metric] for run in self.further]
+        return statistics.stdev(values) / math.sqrt(len(values))
+
+    @property
+    def runs(self) -> tuple["Record", ...]:
+        """The trial, and its runs with further seeds."""
+        return (self, *self.further)
+
+
+class _Run(Protocol):
+    """The part of a run with a further seed that a mean needs."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def last(self) -> Numbers: ...
+    @property
+    def seeds(self) -> int: ...
+
+
+def means_of(further: Sequence[_Run]) -> Numbers:
+    """Return the means of the last metrics over runs with further seeds, by seed (`Record.means`)."""
+    done = [run.last for run in further if run.status == "done"]
+    if not done or len(done) < max(len(further), further[-1].seeds):
+        return {}
+    values = {name: [last.get(name, math.nan) for last in done] for name in done[0]}
+    means = {name: statistics.fmean(found) for name, found in values.items()}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
+
+
+def with_further(records: Iterable[Record]) -> list[Record]:
+    """Return the trials alone, each with its runs with further seeds in it."""
+    trials, further = list[Record](), dict[str, list[Record]]()
+    for record in records:
+        if record.seed_of is None:
+            trials.append(record)
+        else:
+            further.setdefault(record.seed_of, []).append(record)
+    found = []
+    for trial in trials:
+        runs = sorted(further.get(trial.name, []), key=lambda run: int(run.config["seed"]))
+        found.append(replace(trial, further=tuple(runs)) if runs else trial)
+    return found
 
 
 def write_experiment(experiment: Path, tree: Values, argv: list[str]) -> None:
@@ -201,12 +271,15 @@ def selection_limits(experiment: Path) -> Limits:
 
 
 def read_records(experiment: Path) -> list[Record]:
-    """Read all trials, by number; a line that is still being written is left out."""
-    return [
+    """Read all trials, by number; a line that is still being written is left out.
+
+    Runs with further seeds are in the `further` of their trials.
+    """
+    return with_further(
         read_record(folder)
         for folder in trial_folders(experiment)
         if (folder / "trial.json").exists()
-    ]
+    )
 
 
 def trial_folders(experiment: Path) -> list[Path]:
@@ -291,6 +364,8 @@ def as_record(folder: Path, metrics: list[Numbers]) -> Record:
                 raise ValueError(f"{name} is {about[name]!r}")
         if record.status not in STATUSES or not isinstance(record.reason, str | None):
             raise ValueError(f"status is {record.status!r}, reason {record.reason!r}")
+        if record.seed_of is not None:
+            _check_further(record)
     except (ValueError, TypeError) as error:
         message = f"not a trial as this release writes it, or cut ({error}); move its folder away to see the others"
         raise ConfigError(message, path) from None
@@ -303,9 +378,21 @@ def as_record(folder: Path, metrics: list[Numbers]) -> Record:
     return record
 
 
+def _check_further(record: Record) -> None:
+    """Raise a ValueError if a run with a further seed does not say which."""
+    told = {"seed_of": record.seed_of, "seeds": record.seeds, "seed": record.config.get("seed")}
+    kinds = {"seed_of": str, "seeds": int, "seed": int}
+    for name, value in told.items():
+        if not isinstance(value, kinds[name]):
+            raise ValueError(f"{name} is {value!r}")
+
+
 def write_record(record: Record) -> None:
     """Write trial.json atomically."""
-    about = {k: v for k, v in record.__dict__.items() if k not in ("folder", "metrics")}
+    left_out = {"folder", "metrics", "further"}
+    if record.seed_of is None:
+        left_out |= {"seed_of", "seeds"}
+    about = {k: v for k, v in record.__dict__.items() if k not in left_out}
     write_text(record.folder / "trial.json", json.dumps(about, indent=1) + "\n", durable=True)
 
 
@@ -600,6 +687,10 @@ class _Judged(Protocol):
     @property
     def last(self) -> Numbers: ...
     @property
+    def judged(self) -> Numbers: ...
+    @property
+    def means(self) -> Numbers: ...
+    @property
     def number(self) -> int: ...
 
 
@@ -609,11 +700,14 @@ _J = TypeVar("_J", bound=_Judged)
 def ranked_trials(records: Iterable[_J], metric: str, limits: Limits = NO_LIMITS) -> list[_J]:
     """Return full-length trials, best first by a metric; of equals the first one first.
 
-    Trials whose value is NaN are left out. Those that meet the limits come before the others.
+    Trials whose value is NaN are left out. Those that meet the limits come before the others. Among
+    either, those with a mean over further seeds come first: the value of one run, selected among
+    many, looks better than it is.
     """
     full = sorted((r for r in records if r.status == "done"), key=lambda r: r.number)
-    ranked = scores.ranked(full, metric, lambda r: r.last.get(metric, math.nan))
-    return feasible_first(ranked, limits, lambda r: r.last)
+    ranked = scores.ranked(full, metric, lambda r: r.judged.get(metric, math.nan))
+    ranked.sort(key=lambda r: metric not in r.means)
+    return feasible_first(ranked, limits, lambda r: r.judged)
 
 
 def best(records: Iterable[_J], metric: str, limits: Limits = NO_LIMITS) -> _J | None:
