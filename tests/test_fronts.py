@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.receipt import fidelity_warnings
-from tfkd_ray.space.fronts import best_first, goes_on
+from tfkd_ray.space.fronts import by_fronts, goes_on
 from tfkd_ray.space.space import Space, build_space
 
 
@@ -38,7 +38,7 @@ def test_no_trial_of_a_later_front_comes_before_one_of_an_earlier(metrics: int) 
     rng = np.random.default_rng(metrics)
     for n in (1, 2, 7, 30):
         values = rng.integers(0, 6, (n, metrics)).astype(float)
-        order = best_first(values)
+        order = by_fronts(values)
         assert sorted(order) == list(range(n))
         places = {trial: place for place, trial in enumerate(order)}
         first = 0
@@ -49,18 +49,18 @@ def test_no_trial_of_a_later_front_comes_before_one_of_an_earlier(metrics: int) 
 
 def test_with_one_metric_it_is_the_order_of_its_values() -> None:
     values = np.array([[0.3], [0.9], [0.1], [0.9], [0.5]])
-    assert best_first(values) == [1, 3, 4, 0, 2]
+    assert by_fronts(values) == [1, 3, 4, 0, 2]
 
 
 def test_the_first_of_a_front_is_a_compromise_and_the_next_are_its_ends() -> None:
     front = np.array([[0.0, 1.0], [0.5, 0.6], [0.55, 0.55], [1.0, 0.0]])
-    assert best_first(front)[0] in (1, 2) and set(best_first(front)[1:3]) == {0, 3}
-    assert best_first(front * [1, 1000]) == best_first(front), "whatever their units"
+    assert by_fronts(front)[0] in (1, 2) and set(by_fronts(front)[1:3]) == {0, 3}
+    assert by_fronts(front * [1, 1000]) == by_fronts(front), "whatever their units"
 
 
 def test_a_trial_without_a_value_comes_last_and_does_not_go_on_beside_others() -> None:
     values = np.array([[np.nan, 1.0], [0.1, 0.1], [0.2, np.inf]])
-    assert best_first(values) == [1, 0, 2]
+    assert by_fronts(values) == [1, 0, 2]
     assert not goes_on(values, 3) and goes_on(values[:2], 3) and goes_on(values[:1], 3)
 
 
@@ -70,7 +70,7 @@ def test_the_best_third_goes_on_by_the_trials_that_came_so_far() -> None:
     passed = [n for n in range(1, 91) if goes_on(values[:n], 3)]
     assert 25 < len(passed) < 50, "a third, and some more as the first ones are judged by few"
     for n in range(1, 91, 7):
-        place = best_first(values[:n]).index(n - 1)
+        place = by_fronts(values[:n]).index(n - 1)
         assert (n in passed) == (place < max(1, n // 3))
     beaten = np.array([[0.5, 0.5]] * 3 + [[0.4, 0.4]])
     assert not goes_on(beaten, 3)

@@ -14,7 +14,7 @@ FURTHER = "(further seeds)"
 """Name of the study, after that of the others."""
 
 
-class Run(NamedTuple):
+class FurtherSeed(NamedTuple):
     """A finalist's run with a further seed."""
 
     number: int
@@ -34,12 +34,12 @@ class FurtherSeeds:
         """Read the study: of each run the last attempt counts."""
         self._known = {_run_of(trial): trial.user_attrs["name"] for trial in self._trials()}
         latest = {_run_of(trial): trial for trial in self._trials()}
-        self._unfinished: dict[Run, int] = {
+        self._unfinished: dict[FurtherSeed, int] = {
             run: trial.number for run, trial in latest.items() if not trial.state.is_finished()
         }
-        self._running: set[Run] = set()
+        self._running: set[FurtherSeed] = set()
 
-    def next(self, numbers: Iterable[int], seeds: int) -> Run | None:
+    def next(self, numbers: Iterable[int], seeds: int) -> FurtherSeed | None:
         """Return the next run: one that an earlier session left, or a new one; None if all have begun.
 
         Args:
@@ -48,10 +48,10 @@ class FurtherSeeds:
         """
         if self._unfinished:
             return min(self._unfinished)
-        wanted = (Run(n, k) for n in numbers for k in range(1, seeds + 1))
+        wanted = (FurtherSeed(n, k) for n in numbers for k in range(1, seeds + 1))
         return next((run for run in wanted if run not in self._known), None)
 
-    def begin(self, run: Run, name: str) -> int:
+    def begin(self, run: FurtherSeed, name: str) -> int:
         """Record that a run begins, or goes on; return its number in the study."""
         number = self._unfinished.pop(run, None)
         if number is None:
@@ -61,7 +61,7 @@ class FurtherSeeds:
         self._running.add(run)
         return number
 
-    def end(self, run: Run) -> None:
+    def end(self, run: FurtherSeed) -> None:
         """Take up that a run has ended in the study."""
         self._running.discard(run)
 
@@ -78,7 +78,7 @@ class FurtherSeeds:
         """Return the names of the runs that will be proposed again."""
         return {self._known[run] for run in self._unfinished}
 
-    def called(self, name: str) -> Run | None:
+    def called(self, name: str) -> FurtherSeed | None:
         """Return the run of this name; None if there is none."""
         return next((run for run, known in self._known.items() if known == name), None)
 
@@ -92,7 +92,7 @@ class FurtherSeeds:
         self.take_stock()
         return len(failed)
 
-    def end_early(self, run: Run) -> None:
+    def end_early(self, run: FurtherSeed) -> None:
         """Record an unfinished run of an earlier session as stopped; it is not proposed again."""
         number = self._unfinished.pop(run, None)
         if number is not None:
@@ -116,11 +116,11 @@ class FurtherSeeds:
         return trials
 
 
-def _run_of(trial: FrozenTrial) -> Run:
-    return Run(trial.user_attrs["number"], trial.user_attrs["further"])
+def _run_of(trial: FrozenTrial) -> FurtherSeed:
+    return FurtherSeed(trial.user_attrs["number"], trial.user_attrs["further"])
 
 
-def _running(run: Run, name: str, values: Any = None) -> FrozenTrial:
+def _running(run: FurtherSeed, name: str, values: Any = None) -> FrozenTrial:
     about = {"name": name, "number": run.number, "further": run.further}
     return create_trial(
         state=TrialState.RUNNING, user_attrs=about, intermediate_values=values or {}

@@ -37,7 +37,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.images import address
 from tfkd_ray.run.connect import caller_argument, give_larger_share, send_elsewhere
-from tfkd_ray.run.finalists import FURTHER, FurtherSeeds, Run
+from tfkd_ray.run.finalists import FURTHER, FurtherSeed, FurtherSeeds
 from tfkd_ray.run.priors import Prior, prior_trials
 from tfkd_ray.run.studies import (
     REPLACED,
@@ -99,7 +99,7 @@ class _Live:
     """A running trial: its place in a study and the epochs reported, in all sessions."""
 
     def __init__(
-        self, study: Study, trial: Trial, reported: set[int], run: Run | None = None
+        self, study: Study, trial: Trial, reported: set[int], run: FurtherSeed | None = None
     ) -> None:
         self.study, self.trial, self.reported = study, trial, reported
         self.run = run
@@ -305,7 +305,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if not self._has_room() or action.what == "wait" or action.number in self._held:
             return None
         if action.what == "further":
-            return self._suggest_further(trial_id, Run(action.number, action.further))
+            return self._suggest_further(trial_id, FurtherSeed(action.number, action.further))
         if action.what == "promote":
             n = action.number
             self._started[n] = self._attempt(n, action.rung)
@@ -519,19 +519,19 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         rung = max((r for r in self.space.rungs if r <= epoch), default=None)
         if rung is None:
             return False
-        known = live.trial.user_attrs.get(_at(rung))
+        known = live.trial.user_attrs.get(_attribute_of(rung))
         if known is not None:  # a resumed trial reports its epochs again
             return known["epoch"] == epoch and not known["goes_on"]
         stopping = self.space.stopping
         assert isinstance(stopping, Halving), f"{stopping=}"
         told = [as_number(result.get(metric)) for metric in self.space.search.metrics]
         values = [value if is_number(value) else None for value in told]
-        there = [t.user_attrs.get(_at(rung)) for t in self._numbered(live.study).values()]
+        there = [t.user_attrs.get(_attribute_of(rung)) for t in self._numbered(live.study).values()]
         came = [about["values"] for about in there if about is not None] + [values]
         signs = [1.0 if mode == "max" else -1.0 for mode in self.space.search.modes]
         passes = fronts.goes_on(np.array(came, dtype=float) * signs, stopping.factor)
         about = {"epoch": epoch, "values": values, "goes_on": passes}
-        live.trial.set_user_attr(_at(rung), about)
+        live.trial.set_user_attr(_attribute_of(rung), about)
         return not passes
 
     # --- pausing
@@ -688,7 +688,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         numbered = (t for t in _trials(study) if "number" in t.user_attrs)
         return {t.user_attrs["number"]: t for t in numbered}
 
-    def _suggest_further(self, trial_id: str, run: Run) -> Tree:
+    def _suggest_further(self, trial_id: str, run: FurtherSeed) -> Tree:
         """Return the configuration of a finalist with a further seed, and record that it begins."""
         assert isinstance(self.space, Space) and self.space.search.finalists, f"{self.space=}"
         g = self._group_of[run.number]
@@ -711,7 +711,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         )
         return {SECTION: assignment.section(), **config.tree}
 
-    def _begin_further(self, trial_id: str, run: Run, name: str) -> None:
+    def _begin_further(self, trial_id: str, run: FurtherSeed, name: str) -> None:
         assert self._further is not None, f"{run=}"
         number, study = self._further.begin(run, name), self._further.study
         reported = set(_trials(study)[number].intermediate_values)
@@ -1201,7 +1201,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return pruners.NopPruner()
 
 
-def _at(rung: int) -> str:
+def _attribute_of(rung: int) -> str:
     """Return the attribute of a trial with its values of several metrics at a rung."""
     return f"at epoch {rung}"
 

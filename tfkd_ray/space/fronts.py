@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Table = NDArray[np.float64]
 
 
-def best_first(values: Array) -> list[int]:
+def by_fronts(values: Table) -> list[int]:
     """Return the indices of trials, best first.
 
     Of a front, the first trial is the one nearest to the best of every metric; each next one is the
@@ -31,7 +31,7 @@ def best_first(values: Array) -> list[int]:
     return order + np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
 
 
-def _fronts(values: Array) -> Iterator[NDArray[np.intp]]:
+def _fronts(values: Table) -> Iterator[NDArray[np.intp]]:
     """Yield the indices of each front of [N, M] values, ascending; those with a NaN are in none."""
     left = np.flatnonzero(np.isfinite(values).all(axis=1))
     while len(left):
@@ -40,7 +40,7 @@ def _fronts(values: Array) -> Iterator[NDArray[np.intp]]:
         left = left[~unbeaten]
 
 
-def _unbeaten(values: Array) -> NDArray[np.bool_]:
+def _unbeaten(values: Table) -> NDArray[np.bool_]:
     """Return which of [N, M] values no other one beats: at least as good in all, better in one."""
     found = np.zeros(len(values), dtype=bool)
     front = values[:0]
@@ -53,7 +53,7 @@ def _unbeaten(values: Array) -> NDArray[np.bool_]:
     return found
 
 
-def _spread(values: Array) -> list[int]:
+def _spread(values: Table) -> list[int]:
     """Return the order of a front's [N, M] values in which the first few cover it."""
     low, high = values.min(axis=0), values.max(axis=0)
     placed = (values - low) / np.where(high > low, high - low, 1.0)
@@ -67,7 +67,7 @@ def _spread(values: Array) -> list[int]:
     return order
 
 
-def goes_on(values: Array, factor: int) -> bool:
+def goes_on(values: Table, factor: int) -> bool:
     """Return whether the last of some trials is among the best 1 / `factor` of them, or the best.
 
     Args:

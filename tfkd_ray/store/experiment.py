@@ -167,7 +167,7 @@ class Record:
         return (self, *self.further)
 
 
-class _Run(Protocol):
+class _SeedRun(Protocol):
     """The part of a run with a further seed that a mean needs."""
 
     @property
@@ -178,7 +178,7 @@ class _Run(Protocol):
     def seeds(self) -> int: ...
 
 
-def means_of(further: Sequence[_Run]) -> Numbers:
+def means_of(further: Sequence[_SeedRun]) -> Numbers:
     """Return the means of the last metrics over runs with further seeds, by seed (`Record.means`)."""
     done = [run.last for run in further if run.status == "done"]
     if not done or len(done) < max(len(further), further[-1].seeds):
