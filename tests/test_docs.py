@@ -360,7 +360,7 @@ def test_a_shown_line_is_compared_with_a_printed_one_as_a_reader_would(
 
 
 def test_the_first_hour_shows_what_check_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = blocks("start.md", "console")
+    block, *_ = blocks("start.md", "console")
     command, *shown, dots = block.splitlines()
     assert main(command.split()[2:]) == 0 and dots == "..."
     assert capsys.readouterr().out.splitlines()[: len(shown)] == shown
