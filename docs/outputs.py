@@ -56,6 +56,7 @@ MASKED = (
     r"[\d.]+ [CG]PU-hours",
     r"[\d.,]+ (?:epochs|images|trials)(?:/s| a second)",  # rates
     r"(?:/[\w.-]+){2,}",  # places
+    r"about [\d,]+ seeds",  # as uncertain as the lead that they would show
 )
 NUMBER = re.compile(r"([-+]?)(\d+(?:\.(\d+))?(?:e-?\d+)?)")
 
