@@ -482,10 +482,10 @@ BLUE, GREY = "#0072B2", "#555555"
 
 
 def draw(storage: Path, path: Path) -> None:
-    """Draw the lead of each arm over `ce`, with its interval."""
+    """Draw the lead of each tuned arm over `ce`, with its interval."""
     from matplotlib.figure import Figure
 
-    found = ended(storage, NETWORK_A)
+    found = ended(storage, ("free", "own", "taught"))
     names = [name for name in found if name != "ce"]
     leads = [paired(judged(found[name]), judged(found["ce"])) for name in names]
     figure = Figure((6.5, 0.4 + 0.35 * len(names)), layout="constrained")
@@ -514,9 +514,9 @@ def draw_curve(storage: Path, path: Path) -> None:
     axes = figure.subplots()
     axes.errorbar(teachers, middle, yerr=ends, fmt="o-", color=BLUE, capsize=3)
     for name, x, y in zip(arms, teachers, middle, strict=True):
-        axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.annotate(name, (x, y), xytext=(6, -11), textcoords="offset points", fontsize=8)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.margins(x=0.12, y=0.12)
+    axes.margins(x=0.2, y=0.12)
     axes.set_xlabel("test accuracy of the teacher, %")
     axes.set_ylabel("lead over plain training, points")
     save(figure, path)
