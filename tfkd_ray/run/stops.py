@@ -139,8 +139,8 @@ def end_stopped(experiment: Experiment, searcher: OptunaSearcher) -> None:
         if record.status in ("running", "interrupted", "paused"):
             if not record.metrics:
                 continue
-            name = "" if record.seed_of is None else record.name
-            searcher.end_early(record.number, record.last, name=name)
+            run = "" if record.seed_of is None else record.name
+            searcher.end_early(record.number, record.last, name=run)
             reason = f"{BY_COMMAND} after epoch {record.last['epoch']:.0f}"
             write_record(replace(record, status="stopped", reason=reason))
         storage.withdraw(name, asked)
