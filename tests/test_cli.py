@@ -267,6 +267,8 @@ def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
         "values",
         "parameters",
         "config",
+        "errors",
+        "seeds",
         "feasible",
         "limited",
     }
