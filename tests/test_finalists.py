@@ -680,7 +680,7 @@ def test_a_sweep_interrupted_in_its_further_seeds_ends_as_a_whole_one(
     tree = {**TREE, "epochs": 2, "checkpoint_every_s": 1000, "search": search}
     grid = build_tuner(tree, name="whole", storage=tmp_path).fit()
     whole = read_records(tmp_path / "whole")
-    assert len(grid) == 8 and grid.num_errors == 0 and len(whole) == 4
+    assert len(grid) == 4 + 3 * 2 and grid.num_errors == 0 and len(whole) == 4
     build_tuner(tree, name="e", storage=tmp_path, run_config=tune.RunConfig(stop=Stop())).fit()
     found = status(tmp_path / "e")
     assert found["state"] == "interrupted" and found["trials"]["done"] == 4
