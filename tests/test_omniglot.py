@@ -298,19 +298,21 @@ def test_every_arm_that_the_papers_claims_compare_is_in_a_comparison(
 
 
 @pytest.mark.parametrize(
-    "equal, low, high, word",
+    "kind, low, high, word",
     [
-        (False, 0.1, 0.9, "supported"),
-        (False, -0.1, 0.9, "cannot tell"),
-        (False, -0.9, 0.1, "not supported"),
-        (True, -0.9, 0.4, "supported"),
-        (True, -0.9, -0.1, "supported"),
-        (True, -1.5, 0.4, "cannot tell"),
-        (True, -1.5, -0.1, "not supported"),
+        ("better", 0.1, 0.9, "supported"),
+        ("better", -0.1, 0.9, "cannot tell"),
+        ("better", -0.9, 0.1, "not supported"),
+        ("equal", -0.9, 0.4, "supported"),
+        ("equal", -0.9, -0.1, "supported"),
+        ("equal", -1.5, 0.4, "cannot tell"),
+        ("equal", -1.5, -0.1, "not supported"),
+        ("twins", -0.2, 0.1, "tie"),
+        ("twins", 0.1, 0.3, "do not tie"),
     ],
 )
 def test_a_claim_is_judged_by_its_interval_and_margin(
-    bench: SimpleNamespace, equal: bool, low: float, high: float, word: str
+    bench: SimpleNamespace, kind: str, low: float, high: float, word: str
 ) -> None:
     lead = SimpleNamespace(low=low / 100, high=high / 100)
-    assert bench.word(bench.Claim("", "a", "b", equal), lead) == word
+    assert bench.word(bench.Claim("", "a", "b", kind), lead) == word
