@@ -36,7 +36,7 @@ PAGES = "index.js"
 CHANGES = {
     '<vaadin-grid-column flex-grow="2" width="10em"': '<vaadin-grid-column flex-grow="1" width="6em"',
     '<div class="table-cell">[[item.name]]</div>\n        </template>\n      </vaadin-grid-column>': (
-        '<div style="overflow-wrap: anywhere">[[item.name]]</div>\n        </template>\n'
+        '<div style="white-space: normal; overflow-wrap: anywhere">[[item.name]]</div>\n        </template>\n'
         '      </vaadin-grid-column>\n      <vaadin-grid-column flex-grow="0" width="7.5em" resizable="">\n'
         '        <template class="header"><div class="table-header table-cell">Status</div></template>\n'
         "        <template>\n"
