@@ -671,7 +671,7 @@ def test_a_followed_report_says_that_nobody_answers_and_goes_on(followed: Any) -
     page, _, server = followed
     until(page, "document.getElementById('live').textContent.includes('(as of ')")
     answer = server.RequestHandlerClass.do_GET
-    server.RequestHandlerClass.do_GET = lambda self: self.connection.close()
+    server.RequestHandlerClass.do_GET = lambda self: setattr(self, "close_connection", True)
     try:
         until(page, "document.getElementById('live').classList.contains('lost')")
         assert "tfkd report has not answered since" in page.inner_text("#live")

@@ -269,7 +269,7 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.show.status import value_text
     from tfkd_ray.space.baselines import doubted, doubts
-    from tfkd_ray.store.experiment import best, pareto
+    from tfkd_ray.store.experiment import best
     from tfkd_ray.verdict.limits import is_feasible, limits_text
 
     metric, limits = space.search.metric, space.search.limits
@@ -294,8 +294,15 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     if guessed := chance_note(space.example.data, winner.last.get("val_accuracy")):
         print(*wrapped(f"note: {guessed}"), sep="\n")
     if space.search.more_metrics:
-        metrics = space.search.metrics
-        print(f"\nnone is better in all of {', '.join(metrics)} than:")
-        for record in pareto(records, metrics, limits):
-            values = ", ".join(f"{metric} {record.last[metric]:.6g}" for metric in metrics)
-            print(f"  {record.name:<24} {values}")
+        _print_front(space, records)
+
+
+def _print_front(space: "Space", records: Sequence["Record"]) -> None:
+    """Print the trials of which none is better in all metrics."""
+    from tfkd_ray.store.experiment import pareto
+
+    metrics = space.search.metrics
+    print(f"\nnone is better in all of {', '.join(metrics)} than:")
+    for record in pareto(records, metrics, space.search.limits):
+        values = ", ".join(f"{metric} {record.last[metric]:.6g}" for metric in metrics)
+        print(f"  {record.name:<24} {values}")

@@ -560,16 +560,11 @@ def train_teachers(
                 on_teacher(run, teachers.train_teacher(run, folder))
                 teachers.upload(run, storage)
             teachers.check_source(run, folder)
-    missing = [run for run in runs if not teachers.is_trained(run, folder)]
     tasks = []
-    for run in missing:
+    for run in [run for run in runs if not teachers.is_trained(run, folder)]:
         on_teacher(run, None)
-        need = run.worker_resources
-        task = ray.remote(_teacher_task).options(
-            num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
-        )
-        tasks.append(task.remote(run, storage, own_code.here()))
-    for run, task in zip(missing, tasks, strict=True):
+        tasks.append((run, _begun_teacher(run, storage)))
+    for run, task in tasks:
         try:
             while not ray.wait([task], timeout=storage.look_s)[0]:
                 on_epoch(run, teachers.progress_of(run, storage))
@@ -587,6 +582,15 @@ def train_teachers(
             else:
                 raise TeacherFailed(reason) from None
     teachers.tell_doubts(runs, folder, note)
+
+
+def _begun_teacher(run: TeacherRun, storage: Storage) -> Any:
+    """Return a task that trains a teacher with a worker's resources."""
+    need = run.worker_resources
+    task = ray.remote(_teacher_task).options(
+        num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
+    )
+    return task.remote(run, storage, own_code.here())
 
 
 def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> Tree:

@@ -218,9 +218,7 @@ class Pace:
         if not any(self._epochs.values()):
             return None
         if rule is not None and rule.pauses:
-            left = _left_of_pausing(list(begun.values()), new, rule)
-            work = sum(self._epoch_s(row) * epochs for row, epochs in left.items())
-            return work / max(1, self._slots)
+            return self._seconds_of_pausing(list(begun.values()), new, rule)
         shares = _shares_going_on(list(begun.values()), new, rule)
         start = statistics.median(self._starts) if self._starts else 0.0
         going = [
@@ -251,6 +249,13 @@ class Pace:
             return end(None)
         chance = random.Random(0)
         return statistics.fmean(end(chance) for _ in range(draws))
+
+    def _seconds_of_pausing(
+        self, begun: Sequence[Begun], new: Sequence[tuple[str, int]], rule: HalvingRule
+    ) -> float:
+        left = _left_of_pausing(begun, new, rule)
+        work = sum(self._epoch_s(row) * epochs for row, epochs in left.items())
+        return work / max(1, self._slots)
 
     def _epoch_s(self, row: str) -> float:
         """Return the seconds of an epoch of a row; of all rows if it has had none."""
