@@ -221,7 +221,7 @@ def cells(page: Any) -> list[str]:
 
 
 PLACES = """all => all.map(e => [e.getBoundingClientRect(), e.innerText]).filter(([b]) => b.width > 0)
-  .map(([b, text]) => [Math.round(b.y), b.x, text])"""
+  .map(([b, text]) => [Math.round((b.y + b.height / 2) / 8), b.x, text])"""
 """Where the cells are that are drawn, with their texts."""
 
 
