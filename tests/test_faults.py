@@ -105,10 +105,11 @@ def ended(experiment: Path) -> dict[str, Any]:
 
 
 def assert_no_orphans(experiment: Path) -> None:
-    """Assert one TensorBoard run for each trial, and no rest of an interrupted write."""
+    """Assert one TensorBoard run for each trial, one about all, and no rest of an interrupted write."""
     names = [r.name for r in read_records(experiment)]
     assert sorted(p.name for p in (experiment / "trials").iterdir() if p.is_dir()) == names
-    assert sorted(p.name for p in (experiment / "tb").iterdir() if p.is_dir()) == names
+    runs = sorted(p.name for p in (experiment / "tb").iterdir() if p.is_dir())
+    assert runs == sorted([*names, "about"])
     kept = {
         "trial.json",
         "metrics.jsonl",
