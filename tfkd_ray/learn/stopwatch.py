@@ -1,6 +1,7 @@
 """How long a device worked, without a wait for it."""
 
 import time
+from typing import Any
 
 import torch
 
@@ -15,26 +16,23 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._times: list[float] = []
-        self._events: list[torch.cuda.Event] = []
-        self._note()
+        self._times: list[Any] = [self._now()]
 
-    def _note(self) -> None:
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append(event)
-        else:
-            self._times.append(time.perf_counter())
+    def _now(self) -> Any:
+        """Return the host's time in seconds, or an event that the GPU comes to."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def stop(self) -> None:
         """Note the end of the work."""
-        self._note()
+        self._times.append(self._now())
 
     def seconds(self) -> float:
         """Return the time between start and stop; the device must have come to the stop."""
+        start, end = self._times
         if self._on_gpu:
-            start, end = self._events
             return float(start.elapsed_time(end)) / 1000
-        start_s, end_s = self._times
-        return end_s - start_s
+        return float(end - start)

@@ -434,13 +434,15 @@ def _check_some_inside(searcher: OptunaSearcher, space: Space, experiment: Path,
 def _end_outside(searcher: OptunaSearcher, experiment: Path) -> None:
     """Note the end of unfinished trials that the space leaves out: they are not resumed."""
     outside = set(searcher.outside().values())
-    for record in read_records(experiment) if outside else ():
-        for run in record.runs if record.name in outside else ():
-            if run.status in ("running", "interrupted", "paused"):
-                reason = "outside of the narrower space in which the sweep was resumed"
-                write_record(replace(run, status="stopped", reason=reason))
-                for state in (LAST, BEFORE):
-                    (run.folder / state).unlink(missing_ok=True)
+    if not outside:
+        return
+    left_out = [record for record in read_records(experiment) if record.name in outside]
+    for run in (run for record in left_out for run in record.runs):
+        if run.status in ("running", "interrupted", "paused"):
+            reason = "outside of the narrower space in which the sweep was resumed"
+            write_record(replace(run, status="stopped", reason=reason))
+            for state in (LAST, BEFORE):
+                (run.folder / state).unlink(missing_ok=True)
 
 
 def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
@@ -561,9 +563,10 @@ def train_teachers(
                 teachers.upload(run, storage)
             teachers.check_source(run, folder)
     tasks = []
-    for run in [run for run in runs if not teachers.is_trained(run, folder)]:
-        on_teacher(run, None)
-        tasks.append((run, _begun_teacher(run, storage)))
+    for run in runs:
+        if not teachers.is_trained(run, folder):
+            on_teacher(run, None)
+            tasks.append((run, _begun_teacher(run, storage)))
     for run, task in tasks:
         try:
             while not ray.wait([task], timeout=storage.look_s)[0]:
