@@ -71,8 +71,7 @@ class Nodes(tune.Callback):  # type: ignore[misc]
                 kill_node(raylet)
             else:
                 preempt(self.cluster.address, node_id(self.doomed))
-                if self.workers == 1:  # Ray ends a group at the notice, and any other trial never
-                    threading.Timer(5, kill_node, [raylet]).start()
+                threading.Timer(5, kill_node, [raylet]).start()  # as the machine is switched off
             self.doomed = None
             self.epochs.append((number, epoch, "killed"))
 
@@ -101,8 +100,8 @@ def node_id(node: Any) -> str:
 
 def kill_node(raylet: psutil.Process) -> None:
     """Kill a node: its raylet, and the workers that it takes along."""
-    for process in (raylet, *raylet.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):  # a drained node that is idle ends by itself
+        for process in (raylet, *raylet.children(recursive=True)):
             process.send_signal(signal.SIGKILL)
 
 
