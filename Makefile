@@ -1,6 +1,7 @@
 # make demo   set up, then run the sweep of the README; TORCH_INDEX=URL takes torch from that index, such as one for CPUs
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
+# make test-long  other variants of what `make test` tests, and whole runs of examples (8 minutes)
 # make test-tools  what needs g++, ssh, PostgreSQL, zsh, fish or Fashion-MNIST, which a fresh machine lacks (as root, after apt-get)
 # make test-docs  the commands, code and notebook of README and docs, as they stand there (8 minutes)
 # make docs   docs/ as a site, in build/site; a link that leads nowhere fails it
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo torch test test-fast test-tools test-docs test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check docs docs-outputs ci format clean
+.PHONY: help demo torch test test-fast test-long test-tools test-docs test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check docs docs-outputs ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -74,8 +75,12 @@ demo: $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.runs)
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on three processes, two of which have a Ray cluster"
-	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@echo "test: all but the marks 'long', 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on three processes, two of which have a Ray cluster"
+	@$(BIN)/python -m pytest -m 'not long and not docs and not fault and not browser and not cluster and not tools and not gpu' -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+test-long: $(VENV)/.installed
+	@echo "test-long: other variants of what 'make test' tests, and whole runs of examples"
+	@$(BIN)/python -m pytest -m 'long and not fault and not browser and not cluster' -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist zsh fish
 test-tools: $(VENV)/.installed
@@ -87,7 +92,7 @@ test-docs: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m docs $(ARGS)
 
 test-fast: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'not ray and not slow and not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -m 'not long and not ray and not slow and not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)

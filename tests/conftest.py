@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             raise pytest.UsageError(
                 f"{len(apart)} tests would not share a Ray, among them {apart[0]}"
             )
+
+
+def long_after(first: int, values: Iterable[Any]) -> list[Any]:
+    """Return the values of a parameter; all after the first ones are marked `long`."""
+    every = list(values)
+    return [*every[:first], *(pytest.param(v, marks=pytest.mark.long) for v in every[first:])]
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

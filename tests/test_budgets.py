@@ -213,7 +213,7 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_new_one_and_the_total_is_exa
 ) -> None:
     said: list[str] = []
     reports: list[int] = []
-    run = {**tree(cpu_hours=1e-9, num_samples=3), "epochs": 40}
+    run = {**tree(cpu_hours=1e-9, num_samples=3), "epochs": 12}
     build_tuner(
         run, name="e", storage=tmp_path, callbacks=[Slow(reports)], on_budget=said.append
     ).fit()
@@ -237,7 +237,7 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_new_one_and_the_total_is_exa
     assert len(grid) == 3 and len(said) == 1
     records = read_records(tmp_path / "e")
     assert [(r.number, r.status, len(r.metrics)) for r in records] == [
-        (n, "done", 40) for n in range(3)
+        (n, "done", 12) for n in range(3)
     ]
     total = read_experiment(tmp_path / "e")["space"]["search"]["cpu_hours"]
     assert 10 < total < 10.01  # from then on

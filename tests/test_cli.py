@@ -337,6 +337,7 @@ def test_train_refuses_the_directory_of_another_run(
     assert {p.name: p.read_bytes() for p in (here / "out").iterdir()} == before
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) -> None:
     command = ["train", "mine.yaml", "optim.lr=0.1", "epochs=300", "--out", "out"]
@@ -463,6 +464,7 @@ class Terminal:
 LONG = ["epochs=200", "search.num_samples=2", "search.stopping=none"]
 
 
+@pytest.mark.fault
 @pytest.mark.ray
 def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
     ray_cluster: str, tfkd_inside: Run, here: Path
@@ -518,6 +520,8 @@ def test_ctrl_c_while_a_line_is_being_written_is_told_after_it(tmp_path: Path) -
     assert b"stopping: trials save their state" in said and b"Traceback" not in said
 
 
+@pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.ray
 def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "d", *LONG, cwd=here)

@@ -14,6 +14,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from conftest import long_after
 from rich.cells import cell_len
 from test_damage import RELEASE
 from test_fuzz import COUNT, SEED
@@ -135,8 +136,8 @@ READING = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "surroundings",
-    [{"COLUMNS": "20", "NO_COLOR": "1", "TERM": "dumb", "HOME": None, "XDG_CACHE_HOME": None},
-     {"COLUMNS": "0", "HOME": "/proc/nowhere"}, {"COLUMNS": "wide", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}],
+    long_after(1, [{"COLUMNS": "20", "NO_COLOR": "1", "TERM": "dumb", "HOME": None, "XDG_CACHE_HOME": None},
+     {"COLUMNS": "0", "HOME": "/proc/nowhere"}, {"COLUMNS": "wide", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}]),
     ids=["narrow, no color, no HOME", "no width, HOME cannot be written", "no number of columns, ASCII"],
 )  # fmt: skip
 def test_commands_do_not_depend_on_their_surroundings(
@@ -153,8 +154,8 @@ def test_commands_do_not_depend_on_their_surroundings(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argv", [["check", "--help"], ["check", "digits_tfkd"]])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", long_after(1, [["check", "digits_tfkd"], ["check", "--help"]]))
+@pytest.mark.parametrize("unbuffered", long_after(1, ["", "1"]))
 def test_output_that_cannot_be_written_is_no_crash(
     argv: list[str], unbuffered: str, tmp_path: Path
 ) -> None:
@@ -182,9 +183,12 @@ def test_output_that_cannot_be_written_is_no_crash(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [b"\xff\xfe.yaml", b"\xc3\x28", "größe 試.yaml".encode(), b"a\nb.yaml", b"-\xff"]
+    "name",
+    long_after(
+        2, [b"\xff\xfe.yaml", b"a\nb.yaml", b"\xc3\x28", "größe 試.yaml".encode(), b"-\xff"]
+    ),
 )
-@pytest.mark.parametrize("verb", ["check", "report"])
+@pytest.mark.parametrize("verb", long_after(1, ["check", "report"]))
 def test_a_path_in_any_encoding_is_answered(
     verb: str, name: bytes, tmp_path: Path, warm: list[str]
 ) -> None:
@@ -201,7 +205,7 @@ def test_a_path_in_any_encoding_is_answered(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shut", ["<&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("shut", long_after(2, ["<&-", ">&- 2>&-", "2>&-", "<&- >&- 2>&-"]))
 def test_closed_standard_streams_are_no_failure(shut: str, tmp_path: Path) -> None:
     for argv, code in ((["check", "digits_tfkd"], 0), (["status", "nowhere"], 2)):
         command = [sys.executable, "-m", "tfkd_ray", *argv]
@@ -234,7 +238,7 @@ def as_modes_say() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nowhere", "read-only"])
+@pytest.mark.parametrize("kind", long_after(1, ["nowhere", "read-only"]))
 def test_commands_do_without_a_home_that_they_can_write(kind: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -266,6 +266,7 @@ def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(
     assert len(report["notes"]) == (sum(report["lost"]) == 3), report
 
 
+@pytest.mark.slow
 def test_workers_of_a_trial_are_packed_on_a_node_or_spread_over_all_as_placement_says(
     place: Path,
 ) -> None:
@@ -411,6 +412,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_unless_it_insists(
     place: Path,
 ) -> None:
@@ -534,6 +536,7 @@ def slowly(place: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_a_minute(
     place: Path,
 ) -> None:
@@ -576,6 +579,7 @@ def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_
     assert "whether the job runs is not known" in last and "ray job list" in last
 
 
+@pytest.mark.slow
 def test_nodes_with_disks_of_their_own_run_a_sweep_on_a_bucket(place: Path, tfkd: Run) -> None:
     (place / "token").write_text(secrets.token_hex(32))
     (place / "work").mkdir()
@@ -789,6 +793,7 @@ SCALED: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_waits_for_the_nodes_that_an_autoscaler_starts_and_says_so(
     place: Path, tfkd: Run
 ) -> None:

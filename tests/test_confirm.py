@@ -297,6 +297,7 @@ def test_the_test_split_cannot_be_opened_from_inside_a_trial_or_a_teacher(
         )
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_table_of_the_paper_runs_scaled_down_on_official_files(
     tmp_path: Path, ray_cluster: str, tfkd_inside: Run

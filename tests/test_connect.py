@@ -41,6 +41,7 @@ def connected(address: str, **env: str) -> str:
     return run.stdout or run.stderr
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_program_that_imported_ray_first_joins_a_cluster_with_the_token_that_it_wants(
     ray_cluster: str,
@@ -53,13 +54,15 @@ def test_a_program_that_imported_ray_first_joins_a_cluster_with_the_token_that_i
     ("env", "sentence"),
     [
         ({"RAY_AUTH_TOKEN": "x" * 64}, "it answers, so the token here"),
-        (
+        pytest.param(
             {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"},
             "it wants a token, and there is no token here (/nowhere/token)",
+            marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             {"RAY_AUTH_MODE": "disabled"},
             "RAY_AUTH_MODE=disabled here says to send none; unset RAY_AUTH_MODE",
+            marks=pytest.mark.long,
         ),
     ],
     ids=["another's", "none", "disabled"],
@@ -86,7 +89,7 @@ def test_a_ray_that_does_not_start_in_time_is_a_sentence(
         connect()
 
 
-@pytest.mark.parametrize("package", ["torch", "pydantic"])
+@pytest.mark.parametrize("package", [pytest.param("torch", marks=pytest.mark.long), "pydantic"])
 @pytest.mark.slow
 def test_a_python_that_lacks_a_package_says_which_python_and_which_package(
     package: str, tmp_path: Path

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import long_after
 from hypothesis import given
 from hypothesis import strategies as st
 from test_data import pickled, write_cifar, write_idx, write_tiny
@@ -141,7 +142,7 @@ def reads(storage: Path, out: Path) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", long_after(2, range(5)))
 def test_a_damaged_file_is_a_sentence_or_is_borne(
     part: int,
     storage: Path,
@@ -341,26 +342,29 @@ def claims(folder: Path, what: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
-    [
-        "metrics",
-        "last",
-        "trial",
-        "spent",
-        "yaml",
-        "journal",
-        "gone",
-        "slurm",
-        "token",
-        "idx",
-        "cifar",
-        "tiny",
-        "weights",
-        "pt",
-        "state",
-        "holes",
-        "tail",
-        "hollow",
-    ],
+    long_after(
+        9,
+        [
+            "metrics",
+            "last",
+            "trial",
+            "spent",
+            "yaml",
+            "journal",
+            "gone",
+            "slurm",
+            "token",
+            "idx",
+            "cifar",
+            "tiny",
+            "weights",
+            "pt",
+            "state",
+            "holes",
+            "tail",
+            "hollow",
+        ],
+    ),
 )
 def test_memory_follows_what_is_there_and_not_what_is_claimed(
     what: str, reader: subprocess.Popen[str], tmp_path: Path

@@ -79,6 +79,7 @@ assert grown["RssFile:"] > 30 and grown["RssAnon:"] < 18, grown
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_share_the_memory_of_decoded_images(tmp_path: Path) -> None:
     """Measure 36 MB of images of 4 kB, of 40 stored: mapped from the file, also a new one."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import is_whole
+from conftest import is_whole, long_after
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -252,7 +252,7 @@ def test_weights_and_configuration_are_those_of_the_run(tmp_path: Path, storage:
     assert json.loads(header["mean"]) == list(Digits.mean) and header["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize("file", [GRAPH, ONNX])
+@pytest.mark.parametrize("file", long_after(0, [GRAPH, ONNX]))
 @pytest.mark.slow
 def test_no_place_on_this_machine_is_in_a_graph(tmp_path: Path, storage: Path, file: str) -> None:
     export(storage / "run", tmp_path / "out", onnx=True)
@@ -342,6 +342,7 @@ def test_a_sweep_with_own_code_is_exported_from_any_directory(
     assert (tmp_path / "out" / SUMS).is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_network_of_timm_is_exported(tmp_path: Path) -> None:
     tree = {

@@ -37,8 +37,8 @@ def run(data: str, root: Path, **changes: Any) -> TrainConfig:
         "augment": VIEWS,
         "epochs": 2,
         "gpus_per_worker": 1,
-        "data": {"name": "digits", "subset": 120, "val_fraction": 0.25},
-        "optim": {"batch_size": 30},
+        "data": {"name": "digits", "subset": 60, "val_fraction": 0.25},
+        "optim": {"batch_size": 15},
     }
     if data == "folder":
         write_folder(root / "images", train=13)
@@ -75,10 +75,21 @@ def assert_only_epochs_wait(config: TrainConfig, folder: Path) -> None:
 
 
 KD = {"name": "kd", "alpha": 0.7, "temperature": 3}
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """Return `long` for an objective that uses the bank as another one does."""
+    return [] if name in ("ce", "kd", "dkd", "tfkd_self") else [pytest.mark.long]
+
+
 CASES = [
-    *(({"name": o.name}, "bank", "fp32", "memory") for o in OBJECTIVES),
+    *(
+        pytest.param({"name": o.name}, "bank", "fp32", "memory", marks=marks_of(o.name))
+        for o in OBJECTIVES
+    ),
     *(({"name": o.name}, "online", "bf16", "folder") for o in OBJECTIVES),
-    *((KD, labels, "fp32", data) for labels, data in (("bank", "folder"), ("online", "memory"))),
+    pytest.param(KD, "bank", "fp32", "folder", marks=pytest.mark.long),
+    (KD, "online", "fp32", "memory"),
     *((KD, labels, "bf16", data) for labels, data in (("bank", "folder"), ("online", "memory"))),
 ]
 
@@ -104,8 +115,8 @@ INGREDIENTS = {
     "trivial": {"augment": {**VIEWS, "trivial": True, "mixup": 0.2}},
     "rand": {"augment": {**VIEWS, "rand": {"ops": 2, "magnitude": 9}}},
     "average": {"ema": {"decay": 0.9}},
-    "pieces": {"optim": {"batch_size": 30, "accumulate": 2, "clip_norm": 1}},
-    "adamw": {"optim": {"name": "adamw", "batch_size": 30}},
+    "pieces": {"optim": {"batch_size": 15, "accumulate": 2, "clip_norm": 1}},
+    "adamw": {"optim": {"name": "adamw", "batch_size": 15}},
     "two teachers": {
         "teacher": [
             {"model": {"name": "cnn", "widths": [4]}},

@@ -349,7 +349,7 @@ def test_a_run_with_a_projector_that_is_stopped_and_resumed_equals_one_never_sto
 
 OWN_NETWORK = {"name": "own", "path": "test_models:odd", "args": {"kind": "auxiliary"}}
 TWO = {
-    "a class": ("Flat", {"student": ["1"], "teacher": ["1"]}, {}),
+    "a class": pytest.param("Flat", {"student": ["1"], "teacher": ["1"]}, {}, marks=pytest.mark.long),
     "a network that lacks gradients": ("Flat", {"student": ["last"], "teacher": ["1"]}, {"student": OWN_NETWORK}),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from conftest import Run, TwoWorkers
+from conftest import Run, TwoWorkers, long_after
 from sweep_under_fire import sweep
 from test_folder import write_folder
 
@@ -59,7 +59,7 @@ def _comes_alone(rank: int, alone: int, folder: str) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("alone", [0, 1])
+@pytest.mark.parametrize("alone", long_after(0, [0, 1]))
 def test_whichever_worker_has_failed_it_soon_knows_that_the_others_are_elsewhere(
     tmp_path: Path, alone: int, as_two_workers: TwoWorkers
 ) -> None:

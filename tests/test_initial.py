@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision  # type: ignore[import-untyped]
-from conftest import Run, TwoWorkers, train_as_worker
+from conftest import Run, TwoWorkers, long_after, train_as_worker
 from safetensors.torch import save_file
 from test_loop import numbers, same
 from test_weights import hub as hub  # a fixture
@@ -515,6 +515,7 @@ def test_a_wrong_freeze_is_refused_by_check_in_every_choice(
     )
 
 
+@pytest.mark.long
 def test_two_workers_with_frozen_parts_train_as_one(
     tmp_path: Path, as_two_workers: TwoWorkers
 ) -> None:
@@ -746,7 +747,7 @@ NEW: list[Network] = [ViTTiny(), ConvNeXtAtto(), ConvNeXtFemto(), ConvNeXtTiny()
 
 
 SIDES = [
-    pytest.param(network, side, marks=[pytest.mark.slow] if (network, side) == (NEW[3], 224) else [],
+    pytest.param(network, side, marks=[] if side == 32 and network in NEW[:2] else [pytest.mark.long],
                  id=f"{network.name}-{side}")
     for network in NEW for side in (32, 64, 224)
 ]  # fmt: skip
@@ -784,7 +785,7 @@ def striped(split: str, count: int = 12) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_tiny", "convnext_atto"])
+@pytest.mark.parametrize("name", long_after(0, ["convnext_atto", "vit_tiny"]))
 def test_new_networks_resume_bit_by_bit_and_are_exported(name: str, tmp_path: Path) -> None:
     from test_export import run_of
 

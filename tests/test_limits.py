@@ -106,7 +106,7 @@ CONSTRAINED = {"constraints": {"val_ece": {"high": 0.05}}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.long)])
 def test_a_search_learns_which_trials_meet_its_constraints(tmp_path: Path, sampler: str) -> None:
     samples = {"sampler": sampler, "num_samples": 30}
     free = run(OptunaSearcher(space(**samples), tmp_path / "free"))

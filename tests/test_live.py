@@ -409,6 +409,7 @@ grid = build_tuner(space, name="sweep", storage="here", callbacks=[Progress("her
 """
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages

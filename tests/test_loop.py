@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import AT_ONCE, TwoWorkers
+from conftest import AT_ONCE, TwoWorkers, long_after
 from torch import Tensor, nn
 
 from tfkd_ray.learn import loop
@@ -457,7 +457,7 @@ def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
 AGREE = [CrossEntropy(), TfkdReg(alpha=0.5, temperature=4.0)]
 
 
-@pytest.mark.parametrize("objective", AGREE, ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", long_after(1, AGREE), ids=lambda o: o.name)
 def test_two_workers_agree_with_one(
     objective: CrossEntropy, tmp_path: Path, as_two_workers: TwoWorkers
 ) -> None:
@@ -511,7 +511,10 @@ def _worker_that_tells(rank: int, folder: str, tree: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "path, args, looks",
-    [("test_models:odd", {"kind": "auxiliary"}, "True"), (f"{__name__}:plain", {}, "False")],
+    [
+        pytest.param("test_models:odd", {"kind": "auxiliary"}, "True", marks=pytest.mark.long),
+        (f"{__name__}:plain", {}, "False"),
+    ],
     ids=["a head that only training uses", "all is used"],
 )
 def test_two_workers_agree_with_one_on_an_own_network_and_look_for_missing_gradients_where_needed(
@@ -557,6 +560,7 @@ def test_tf32_is_on_and_off_on_cuda_alone_and_put_back() -> None:
             assert float32_precisions() == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_leaves_torchs_precision_to_the_process_that_has_set_it() -> None:
     """Once a process has used torch's new settings, a look at the old ones raises an error."""
@@ -655,6 +659,7 @@ def compiled_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return batches
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
     monkeypatch: pytest.MonkeyPatch,
@@ -673,6 +678,7 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
     assert len(batches) == 2 * 7
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_pieces_of_a_batch_are_compiled_however_many_kinds_there_are(
     monkeypatch: pytest.MonkeyPatch,
@@ -713,6 +719,7 @@ def _compiled_worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
     os._exit(0)  # see `_worker`
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_workers_compile_the_student_before_ddp_wraps_it(
     tmp_path: Path, as_two_workers: TwoWorkers
@@ -753,6 +760,7 @@ def test_what_cannot_be_compiled_is_told_with_the_way_out(
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_node_without_a_compiler_says_so(tmp_path: Path) -> None:
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}

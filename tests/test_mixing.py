@@ -334,6 +334,7 @@ def test_a_teacher_is_trained_on_the_mixes_of_the_run() -> None:
     assert run.fingerprint() != plain.fingerprint()
 
 
+@pytest.mark.long
 def test_two_workers_agree_with_one(tmp_path: Path, as_two_workers: TwoWorkers) -> None:
     c = config(augment=EVERY["all"], objective="tfkd_reg", optim={"batch_size": 64})
     one = list(train(c))[-1].state()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import long_after
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,7 +106,7 @@ def test_every_network_takes_every_shape_of_image(
         )
 
 
-@pytest.mark.parametrize("network", LIGHT, ids=name_of)
+@pytest.mark.parametrize("network", long_after(0, LIGHT), ids=name_of)
 @pytest.mark.slow
 def test_a_training_step_reaches_every_parameter(network: type[Network]) -> None:
     torch.manual_seed(0)

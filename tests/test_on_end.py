@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 from test_readers import make_sweep
 from test_tune import TREE
 
@@ -156,14 +157,11 @@ def test_the_process_is_listed_without_the_command(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_runs_the_command_at_its_end_and_its_files_do_not_tell_it(
-    ray_cluster: str, tmp_path: Path
+    ray_cluster: str, tfkd: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "s.yaml").write_text(dump_yaml({**TREE, "search": {"num_samples": 1}}))
     words = ["tune", "s.yaml", "--name", "e", "--storage", ".", "--on-end", f"{NOTE} # s3cret"]
-    run = subprocess.run(
-        [sys.executable, "-m", "tfkd_ray", *words], cwd=tmp_path, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    run = tfkd(*words)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "notes").read_text() == f"finished {tmp_path / 'e'}\n"
     assert "--on-end" in (tmp_path / "e" / "experiment.yaml").read_text()

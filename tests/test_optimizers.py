@@ -340,6 +340,7 @@ def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
     os._exit(0)  # as in test_loop
 
 
+@pytest.mark.long
 def test_two_workers_in_pieces_agree_with_one_without(
     tmp_path: Path, as_two_workers: TwoWorkers
 ) -> None:

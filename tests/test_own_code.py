@@ -124,6 +124,7 @@ def test_trials_and_teachers_run_where_the_sweep_was_started(
     assert [r.status for r in read_records(experiment)] == ["done"] * 3
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_broken_image_whose_name_is_no_utf8_fails_its_trials_with_the_reason(
     ray_cluster: str, tfkd: Run, tmp_path: Path
@@ -166,6 +167,7 @@ def test_a_budget_that_ends_before_a_trial_has_begun_is_told_so(
     assert "ended early: search.time_budget_s: " in run.stdout
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_groups_run_where_the_sweep_was_started(
     ray_cluster: str, tfkd: Run, tmp_path: Path
@@ -182,6 +184,7 @@ def test_groups_run_where_the_sweep_was_started(
 # --- jobs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_has_the_working_directory_beside_the_package_not_before_it(tmp_path: Path) -> None:
     work, folder = lay_out(tmp_path / "work"), tmp_path / "job"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from conftest import long_after
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -303,7 +304,7 @@ def test_a_search_pauses_promotes_and_ends_with_every_objective_of_full_length(
     assert driver.searcher.paused() == set() and driver.searcher.next_action().what == "end"
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", long_after(1, ["tpe", "random"]))
 def test_a_driver_that_dies_at_any_moment_changes_no_trial(tmp_path: Path, sampler: str) -> None:
     at = space(num_samples=10, sampler=sampler)
     whole = Driver(tmp_path / "whole", at, Counter())
@@ -318,6 +319,7 @@ def test_a_driver_that_dies_at_any_moment_changes_no_trial(tmp_path: Path, sampl
         assert ends(resumed.searcher) == expected, k
 
 
+@pytest.mark.long
 def test_what_a_search_remembers_of_its_rungs_is_what_its_study_holds(tmp_path: Path) -> None:
     driver = Driver(tmp_path / "journal", space(), Counter())
     checked = 0
@@ -554,7 +556,7 @@ HARM: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("checkpoint", HARM)
+@pytest.mark.parametrize("checkpoint", long_after(2, HARM))
 def test_a_paused_trial_goes_on_bit_by_bit_also_without_its_checkpoint_and_all_end(
     ray_cluster: str, tmp_path: Path, checkpoint: str
 ) -> None:
@@ -674,6 +676,7 @@ def test_a_trial_whose_process_is_lost_while_it_pauses_pauses_again(
         assert metrics_of([record])[record.number] == expected[: len(record.metrics)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)

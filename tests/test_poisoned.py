@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import long_after
 from ray.tune.experiment import Trial
 from test_damage import RELEASE
 from test_report import make_comparison
@@ -62,6 +63,8 @@ def verbs(parser: argparse.ArgumentParser | None = None) -> dict[str, argparse.A
 
 
 VERBS = verbs()
+READ_MOST = ("status", "report", "resume", "export", "trials", "compare")
+"""Verbs that read all files of an experiment between them."""
 
 
 def values(storage: Path, out: Path) -> dict[str, list[str]]:
@@ -286,7 +289,10 @@ def removed(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS, ids=name_of)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb",
+    long_after(len(READ_MOST), [*READ_MOST, *(verb for verb in VERBS if verb not in READ_MOST)]),
+)
 def test_no_verb_hangs_fails_or_shows_another_file(
     verb: str, poison: Callable[[Path, Path], None], whole: Path, tmp_path: Path, answer: Answer
 ) -> None:

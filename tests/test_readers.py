@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import pytest
 from filelock import FileLock
 from rich.cells import cell_len
 
+from tfkd_ray.run.callbacks import Lock
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import legible, write_text
 from tfkd_ray.show import status as readers
@@ -30,6 +30,7 @@ from tfkd_ray.show.trials import logs, trials_table
 from tfkd_ray.space.ranges import Range
 from tfkd_ray.space.space import Space, build_space
 from tfkd_ray.store.experiment import Record, best, read_records, write_experiment, write_record
+from tfkd_ray.store.storage import experiment_of
 
 TREE: dict[str, Any] = {
     "student": {"name": "mlp", "hidden": [8]},
@@ -123,27 +124,24 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from tfkd_ray.run.callbacks import Lock
-from tfkd_ray.store.storage import experiment_of
-lock = Lock(*experiment_of(Path(sys.argv[1])))
-print("held", flush=True)
-time.sleep(60)
-"""
+def hold(experiment: Path, held: Any) -> None:
+    """Hold an experiment's lock in a process of its own, as a driver does."""
+    lock = Lock(*experiment_of(experiment))
+    held.set()
+    time.sleep(60)
+    lock.release()
 
 
 @pytest.fixture
-def driver(small: Path) -> Iterator[subprocess.Popen[str]]:
+def driver(small: Path, forkserver: Any) -> Iterator[Any]:
     """Yield a process that holds the lock of `small`, as a driver does."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(small)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    held = forkserver.Event()
+    process = forkserver.Process(target=hold, args=(small, held))
+    process.start()
+    assert held.wait(60)
     yield process
     process.kill()
-    process.communicate()
+    process.join()
 
 
 def change(experiment: Path, number: int, **changes: Any) -> Path:
@@ -164,7 +162,7 @@ LONG = {"escape": "\x1b", "private use": "\ue000", "kinds": "\ue000\x1b\u200b\x9
 def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_people_read(
     small: Path, text: str
 ) -> None:
-    reason = "begin" + 3_000_000 // len(text) * text + "end"
+    reason = "begin" + 1_000_000 // len(text) * text + "end"
     folder = change(small, 0, status="failed", reason=reason)
     begin = time.process_time()
     lines = [
@@ -176,8 +174,8 @@ def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_
     said = list(logs(small, folder.name))
     assert max(map(len, said)) < 300_000 and str(folder / "trial.json") in said[-1]
     wholly = trials_table(small, columns="reason", output="csv")
-    assert len(wholly) > 2_900_000 and "end" in wholly[-1000:]
-    assert time.process_time() - begin < 30, "was 10 s for each million"
+    assert len(wholly) > 900_000 and "end" in wholly[-1000:]
+    assert time.process_time() - begin < 10, "was 10 s"
 
 
 def test_what_is_made_legible_fast_is_what_each_character_says() -> None:
@@ -238,7 +236,7 @@ def test_the_last_line_is_the_last_whole_one_however_long(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_sweep_runs_while_its_driver_holds_the_lock_and_is_interrupted_once_that_is_killed(
-    small: Path, driver: subprocess.Popen[str]
+    small: Path, driver: Any
 ) -> None:
     folder = change(small, 1, status="running")
     (folder / "metrics.jsonl").write_text(line(1, 0.5) + line(2, 0.6) + '{"epoch": 3, "val_ac')
@@ -249,8 +247,8 @@ def test_a_sweep_runs_while_its_driver_holds_the_lock_and_is_interrupted_once_th
         and found["epochs"]["done"] > 2
     )
     assert found["rate"] is None or found["rate"] > 0
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    driver.kill()
+    driver.join()
     found = status(small)
     assert (
         found["state"] == "interrupted"
@@ -324,14 +322,14 @@ def test_epochs_of_an_earlier_session_do_not_count_as_speed(small: Path) -> None
 
 
 @pytest.mark.slow
-def test_following_ends_with_the_sweep(small: Path, driver: subprocess.Popen[str]) -> None:
+def test_following_ends_with_the_sweep(small: Path, driver: Any) -> None:
     change(small, 1, status="running")
     states = []
     for found in follow_status(small, every_s=0.01):
         states.append(found["state"])
         if len(states) == 3:
             driver.kill()
-            driver.wait()
+            driver.join()
     assert states == ["running"] * 3 + ["interrupted"]
 
 
@@ -602,9 +600,7 @@ def test_logs_are_the_epochs_and_how_it_ended(sweep: Path) -> None:
 
 
 @pytest.mark.slow
-def test_following_a_log_shows_whole_lines_until_the_trial_ends(
-    small: Path, driver: subprocess.Popen[str]
-) -> None:
+def test_following_a_log_shows_whole_lines_until_the_trial_ends(small: Path, driver: Any) -> None:
     folder = change(small, 2, status="running")
     path = folder / "metrics.jsonl"
     path.write_text(line(1, 0.5) + line(2, 0.6)[:20])

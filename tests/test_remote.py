@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import boto3
 import pytest
-from conftest import ROOT
+from conftest import ROOT, long_after
 from ray import tune
 from test_kill_points import comparison
 
@@ -163,7 +163,7 @@ class Google(Server):
         }
 
 
-both = pytest.mark.parametrize("server", ["s3", "gs"], indirect=True)
+both = pytest.mark.parametrize("server", long_after(1, ["s3", "gs"]), indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -750,6 +750,7 @@ class OtherNode(tune.Callback):  # type: ignore[misc]
                 path.unlink(missing_ok=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_paused_trial_goes_on_from_its_checkpoint_in_the_bucket(
@@ -1159,6 +1160,7 @@ def _refused(self: remote.Store, name: str, content: bytes) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.ray
 def test_of_a_group_the_first_worker_uploads_and_all_fetch(

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from conftest import long_after
 from test_readers import change, line, make_sweep
 
 from tfkd_ray.learn.objectives import NAMES
@@ -411,7 +412,7 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("changes", long_after(2, ODD.values()), ids=ODD)
 @pytest.mark.slow
 def test_every_kind_of_sweep_has_a_report(tmp_path: Path, changes: dict[str, Any]) -> None:
     make_sweep(tmp_path / "e", 24, **changes) if "optim" not in changes else plain(

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import long_after
 from rich.cells import cell_len
 
 from tfkd_ray.launch.clusterfile import load_cluster
@@ -79,7 +80,7 @@ def test_a_huge_file_is_refused_within_seconds(tmp_path: Path, text: str) -> Non
         assert time.process_time() - began < 1
 
 
-@pytest.mark.parametrize("name", ["aliases", "documents"])
+@pytest.mark.parametrize("name", long_after(1, ["aliases", "documents"]))
 @pytest.mark.slow
 def test_a_large_file_is_read_no_further_than_to_the_most_values(name: str) -> None:
     began = time.process_time()

@@ -383,6 +383,7 @@ def test_a_trial_records_what_it_is_judged_by(tmp_path: Path) -> None:
     assert not any("val_auroc" in m for m in epochs_here(tree, unasked))
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(180)
 def test_a_sweep_of_two_workers_is_searched_for_auroc_and_balanced_accuracy(

@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from conftest import long_after
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
@@ -661,10 +662,13 @@ def plain(sampler: Any, **search: Any) -> Space:
 
 
 MODELS = [{"name": "tpe", "startup": 3}, {"name": "gp", "startup": 3}, {"name": "cmaes"}]
-SAMPLERS = [*MODELS, {"name": "qmc"}, {"name": "qmc", "kind": "halton"}, {"name": "random"}]
+SAMPLERS = [
+    MODELS[0], MODELS[2], {"name": "qmc"}, {"name": "random"}, {"name": "qmc", "kind": "halton"}, MODELS[1],
+]  # fmt: skip
+SAMPLERS_BUT_LONG = long_after(4, SAMPLERS)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("sampler", SAMPLERS_BUT_LONG, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.slow
 def test_a_killed_driver_changes_no_proposal_of_any_sampler(
     tmp_path: Path, sampler: dict[str, Any]
@@ -679,7 +683,7 @@ def test_a_killed_driver_changes_no_proposal_of_any_sampler(
 
 @pytest.mark.parametrize(
     "sampler",
-    [s for s in SAMPLERS if s["name"] != "cmaes"],
+    long_after(2, [s for s in SAMPLERS if s["name"] != "cmaes"]),
     ids=lambda s: "-".join(map(str, s.values())),
 )
 @pytest.mark.slow
@@ -697,7 +701,7 @@ def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler_but_cmaes(
             assert after == [whole[n]] or cut == numbered[n] - 4
 
 
-@pytest.mark.parametrize("sampler", MODELS, ids=lambda s: s["name"])
+@pytest.mark.parametrize("sampler", long_after(1, MODELS), ids=lambda s: s["name"])
 @pytest.mark.slow
 def test_a_model_finds_what_a_random_search_does_not(
     tmp_path: Path, sampler: dict[str, Any]
@@ -885,7 +889,9 @@ def test_several_metrics_are_told_together_and_the_study_has_a_front(journal: Pa
         assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"] and study.best_trials
 
 
-@pytest.mark.parametrize("sampler", ["tpe", {"name": "gp", "startup": 3}, "qmc", "random"], ids=str)
+@pytest.mark.parametrize(
+    "sampler", long_after(2, ["tpe", "random", {"name": "gp", "startup": 3}, "qmc"]), ids=str
+)
 @pytest.mark.slow
 def test_several_metrics_and_a_kill(tmp_path: Path, sampler: Any) -> None:
     s = plain(sampler, metric=["val_accuracy", "val_nll"])

@@ -71,7 +71,7 @@ def test_levels_grow_with_the_level_so_that_the_procedure_is_closed() -> None:
 
 @pytest.mark.slow
 def test_what_is_settled_stays_settled_and_depends_on_the_leads_so_far_alone() -> None:
-    whole = leads(np.random.default_rng(1), 300, 2, 2, 0.003)
+    whole = leads(np.random.default_rng(1), 100, 2, 2, 0.003)
     before = None
     for n in PLAN.looks:
         now = settle(whole[..., :n], PLAN, MARGIN)
@@ -135,7 +135,7 @@ def simulations() -> Any:
     return module
 
 
-@pytest.mark.parametrize(("k", "m"), [(1, 1), (3, 1)])
+@pytest.mark.parametrize(("k", "m"), [(1, 1), pytest.param(3, 1, marks=pytest.mark.long)])
 @pytest.mark.slow
 def test_false_discoveries_are_rare_intervals_cover_and_seeds_are_saved(k: int, m: int) -> None:
     module, count = simulations(), 2000

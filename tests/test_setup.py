@@ -125,6 +125,7 @@ def checkout(folder: Path) -> Path:
     return place
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_torch_comes_from_the_index_that_is_named_and_stays(tmp_path: Path, index: str) -> None:

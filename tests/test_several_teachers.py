@@ -200,6 +200,7 @@ def test_the_state_of_a_run_with_other_shares_is_refused() -> None:
         next(train(other, state, teacher=networks(other)))
 
 
+@pytest.mark.long
 def test_two_workers_agree_with_one_on_two_teachers(
     tmp_path: Path, as_two_workers: TwoWorkers
 ) -> None:
@@ -474,6 +475,7 @@ def test_teachers_that_differ_by_more_than_their_seed_are_told_of_one_by_one(
 # --- a sweep and its verdict
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)

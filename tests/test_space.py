@@ -393,7 +393,7 @@ def test_mutated_trees_are_refused_with_sentences_and_never_crash() -> None:
         {"name": 3},
         [["ce"]],
     ]
-    for _ in range(300):
+    for _ in range(100):
         tree = parse_yaml(DIGITS.read_text(), "f")
         where: Any = tree
         while True:
@@ -738,6 +738,7 @@ def test_teachers_are_those_of_what_they_depend_on() -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_long_list_of_choices_is_compared_once() -> None:
     values = [{"width": k} for k in range(20_000)]

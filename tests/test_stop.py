@@ -294,6 +294,7 @@ def test_a_sweep_is_asked_to_stop_only_where_something_may_run(
     assert "nothing runs it now; it ends when the sweep is resumed" in capsys.readouterr().out
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_command_that_is_killed_has_asked_or_not_and_asking_again_is_enough(
     tmp_path: Path,

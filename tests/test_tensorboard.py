@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, long_after
 from PIL import Image
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
@@ -580,7 +580,9 @@ def test_a_port_that_is_taken_is_named_with_the_next_free_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number", long_after(1, [signal.SIGINT, signal.SIGTERM]), ids=lambda s: s.name
+)
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path, space: Space, number: int) -> None:
     for name in "ef":
         write_experiment(tmp_path / name, space.tree, ["tfkd"])

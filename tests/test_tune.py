@@ -395,6 +395,7 @@ def test_trials_that_the_users_own_stop_ends_are_of_full_length(
     assert reporter.told
 
 
+@pytest.mark.long
 def test_two_drivers_that_begin_in_the_same_second_stage_their_files_apart(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from conftest import long_after
 from optuna.trial import FrozenTrial, TrialState
 from ray import cloudpickle, tune
 from ray.tune.search import Repeater
@@ -365,7 +366,7 @@ def study_trials(journal: Path) -> list[FrozenTrial]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("by", ["param_space", "searcher"])
+@pytest.mark.parametrize("by", long_after(1, ["searcher", "param_space"]))
 def test_a_users_tuner_searches_its_own_dictionary_and_stops_trials(
     ray_cluster: str, tmp_path: Path, by: str
 ) -> None:

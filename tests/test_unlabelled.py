@@ -466,6 +466,7 @@ def _worker_in_float64(rank: int, folder: str, tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("ratio, pieces", [(0.02, 3), (0.78, 1)])
+@pytest.mark.long
 def test_two_workers_agree_with_one(
     ratio: float, pieces: int, tmp_path: Path, in_float64: None, as_two_workers: TwoWorkers
 ) -> None:

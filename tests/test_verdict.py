@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import long_after
 from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -467,7 +468,9 @@ def test_simulated_runs_vary_as_the_benchmark_says(simulation: dict[str, Any]) -
     assert np.abs(measured.mean(axis=2) - expected).max() < 0.006
 
 
-@pytest.mark.parametrize("case", ["all the same", "one baseline", "winner's curse", "360 images"])
+@pytest.mark.parametrize(
+    "case", long_after(2, ["all the same", "winner's curse", "one baseline", "360 images"])
+)
 @pytest.mark.slow
 def test_a_false_better_is_rare_and_intervals_cover(simulation: dict[str, Any], case: str) -> None:
     simulate, one = simulation["simulate"], simulation["ONE_BASELINE"]
