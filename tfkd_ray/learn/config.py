@@ -485,8 +485,10 @@ class TrainConfig(Settings):
     def _optim_problems(self) -> Iterator[str]:
         found = [("optim", self.optim, self.workers)]
         for where, teacher in self._given_teachers().items():
-            found.append((f"{where}.optim", teacher.optim, 1))
+            found.append((f"{where}.optim", teacher.optim, self._workers_of(teacher)))
         for where, optim, workers in found:
+            if where != "optim" and workers > optim.batch_size:
+                yield f"{where}.batch_size: {workers} workers cannot share {optim.batch_size} images"
             share = optim.batch_size // workers
             if 0 < share < optim.accumulate:
                 of_worker = "" if workers == 1 else f" a worker's share of {optim.batch_size},"
@@ -761,6 +763,10 @@ class TrainConfig(Settings):
             raise ValueError(f"this run has {len(runs)} teachers; ask for teacher_runs()")
         return runs[0] if runs else None
 
+    def _workers_of(self, teacher: TeacherConfig) -> int:
+        """Return how many workers train a teacher: as many as a student; one judges weights."""
+        return 1 if teacher.weights else self.workers
+
     def _run_of(self, teacher: TeacherConfig) -> TeacherRun:
         begins: dict[str, Any] = {}
         if isinstance(self.objective, TfkdSelf) and self.init != "trained" and not teacher.weights:
@@ -783,6 +789,9 @@ class TrainConfig(Settings):
             stop_accuracy=teacher.stop_accuracy,
             weights=teacher.weights,
             input=teacher.input,
+            workers=self._workers_of(teacher),
+            batch_norm=self.batch_norm,
+            placement=self.placement,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=min(self.gpus_per_worker, 1),
             accelerator_type=self.accelerator_type,

@@ -769,7 +769,7 @@ def _workers_and_rank() -> tuple[int, int]:
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
 
-def _device_of(config: TrainConfig) -> torch.device:
+def device_of(config: TrainConfig) -> torch.device:
     """Return the device of this worker; raise a RuntimeError if it has none of the kind asked."""
     if not config.gpus_per_worker:
         return torch.device("cpu")
@@ -783,7 +783,7 @@ def _device_of(config: TrainConfig) -> torch.device:
 @contextlib.contextmanager
 def _set_up(config: TrainConfig) -> Iterator[torch.device]:
     """Yield the device of this worker; torch's threads and TF32 are set for the run meanwhile."""
-    device = _device_of(config)
+    device = device_of(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
     try:
