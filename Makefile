@@ -1,5 +1,6 @@
 # make demo   set up, then run the sweep of the README; TORCH_INDEX=URL takes torch from that index, such as one for CPUs
 # make test   set up, then run the tests            make test-fast   those that need no Ray
+# make test-gpu  the first quarter of an hour on a GPU: tests and figures, in build/gpu; without one, what simulates it
 # make check  format, lint, types                   make ci          what CI runs
 # make test-long  other variants of what `make test` tests, and whole runs of examples (8 minutes)
 # make test-tools  what needs g++, ssh, PostgreSQL, zsh, fish or Fashion-MNIST, which a fresh machine lacks (as root, after apt-get)
@@ -113,9 +114,7 @@ test-browser: $(VENV)/.installed
 	@echo "test-browser: screenshots are in test-artifacts/"
 
 test-gpu: $(VENV)/.installed
-	@timeout 300 $(BIN)/python -m pytest -m gpu $(ARGS)
-	@if $(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; \
-	then timeout 290 $(BIN)/python benchmarks/step.py --gpu; else echo "test-gpu: no CUDA GPU here, so no benchmark of steps"; fi
+	@$(BIN)/python benchmarks/gpu_steps.py $(ARGS)
 
 fuzz: $(VENV)/.installed
 	@seed=$${TFKD_FUZZ_SEED:-$$(date +%s)}; count=$${TFKD_FUZZ:-5000}; \

@@ -5,7 +5,8 @@
 #   tfkd cluster submit clusters/slurm.sh -- tfkd tune search_spaces/cifar100_tfkd_reg.yaml --name cifar100-1
 #   tfkd cluster status clusters/slurm.sh
 #
-# Change five lines:  partition, nodes, gpus-per-node, time, and TFKD_RESULTS.
+# Change five lines:  partition, nodes, gpus-per-node, time, and TFKD_RESULTS. GPUs need NVIDIA's driver 580 or later.
+# If trials share a GPU, put before srun: srun --ntasks-per-node=1 nvidia-cuda-mps-control -d
 # If the job runs out of time or is preempted, submit: tfkd resume $TFKD_RESULTS/cifar100-1
 #
 #SBATCH --job-name=tfkd
@@ -41,7 +42,9 @@ case "${2:-}, $* " in
 esac
 
 # --resources: trials of several workers need it, because their own process takes no CPU
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+# srun takes CPUs of a task from sbatch no more (Slurm 22.05): without them Ray runs on one core
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  ${SLURM_GPUS_ON_NODE:+--gpus-per-task="$SLURM_GPUS_ON_NODE"} \
   ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --dashboard-host=127.0.0.1 --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
   --resources='{"tfkd_driver": 1000}' \

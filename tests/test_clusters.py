@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,56 @@ def test_every_shipped_file_pins_what_was_tested_and_gives_the_head_its_resource
     assert re.search(r'tfkd_driver\\?": 1000', text)
 
 
+INSTALLING = ["aws-gpu.yaml", "gcp-gpu.yaml", "azure-gpu.yaml", "onprem.yaml"]
+
+
+@pytest.mark.parametrize("name", INSTALLING)
+def test_nodes_install_all_that_tfkd_needs_and_a_job_brings_tfkd_itself(name: str) -> None:
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    (line,) = re.findall(r"pip install --quiet ('ray.*?)\n\n", TEXTS[name], re.S)
+    pins = dict(re.findall(r"'?([\w-]+)(?:\[[\w,]*\])?==([\w.]+)", line))
+    assert set(pins) == {re.split(r"[\[>]", one)[0] for one in needed}
+    versions = {known.lower(): version for known, version in tested.items()}
+    assert pins == {known: versions[known] for known in pins}
+    assert "tfkd_ray==" not in TEXTS[name]
+
+
+def test_the_image_is_built_on_the_files_ray_and_a_cluster_file_may_name_it(tmp_path: Path) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (base,) = re.findall(r"^FROM (\S+)$", dockerfile, re.M)
+    (tag,) = re.findall(r"build -t (\S+) ", dockerfile)
+    text = TEXTS["aws-gpu.yaml"]
+    assert f"  image: {base}\n" in text
+    text = re.sub(
+        r"setup_commands:\n  - >-\n.*?\n\n", "setup_commands: []\n\n", text, count=1, flags=re.S
+    )
+    (tmp_path / "mine.yaml").write_text(text.replace(base, tag))
+    assert check(load_cluster(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    "driver, code", [("580.126.16", 0), ("570.86.15", 1), (None, 0)], ids=["new", "old", "no GPU"]
+)
+def test_a_machine_with_an_old_driver_does_not_join(
+    tmp_path: Path, driver: str | None, code: int
+) -> None:
+    """Run the command of the files, with fakes of lspci and nvidia-smi."""
+    commands = {
+        line
+        for name in INSTALLING[:3]
+        for line in load_cluster(ROOT / "clusters" / name).tree["initialization_commands"]
+        if "nvidia-smi" in line
+    }
+    (command,) = commands
+    fake(tmp_path, "lspci", "echo 3D controller: " + ("NVIDIA" if driver else "none"))
+    fake(tmp_path, "nvidia-smi", f"echo {driver}")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    run = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert ("NVIDIA driver 570.86.15, and torch needs 580" in run.stdout) is bool(code)
+
+
 @pytest.mark.parametrize("name", ["aws-gpu.yaml", "gcp-gpu.yaml", "azure-gpu.yaml"])
 def test_rented_workers_are_spot_from_zero_and_end_when_idle_while_the_head_is_not(
     name: str,
@@ -180,6 +231,9 @@ MUTATIONS = {
     "another image for workers": ("gcp-gpu.yaml", "  container_name", "  worker_image: rayproject/ray:2.60.0-py312-gpu\n  container_name", "python: 3.11 on the head and 3.12 on the workers; use the same on all nodes"),
     "another torch for workers": ("gcp-gpu.yaml", "head_setup_commands:", "worker_setup_commands: [pip install torch==2.13.0]\nhead_setup_commands:", "workers: more than one version of torch, 2.13.0 and 2.14.1; keep one"),
     "unpinned": ("onprem.yaml", "'torch==2.14.1'", "torch", "setup_commands: torch without a version; pin it: torch==VERSION"),
+    "an old driver": ("gcp-gpu.yaml", "nvidia-580", "nvidia-570", "available_node_types.gpu1.node_config: the image has NVIDIA's driver 570, and torch needs 580 or later"),
+    "nothing waits for the driver": ("azure-gpu.yaml", "nvidia-smi", "true", "available_node_types.gpu1: no command waits for NVIDIA's driver"),
+    "slurm: one core": ("slurm.sh", '--cpus-per-task="$SLURM_CPUS_PER_TASK"', "", "srun --cpus-per-task: required, and not given; since Slurm 22.05"),
     "latest image": ("gcp-gpu.yaml", "rayproject/ray:2.60.0-py311-gpu", "rayproject/ray:latest-py311-gpu", "docker: the image 'rayproject/ray:latest-py311-gpu' is latest: it changes by itself; name one"),
     "kuberay: misspelt": ("kuberay-cluster.yaml", "maxReplicas", "maxReplica", "spec.workerGroupSpecs.0.maxReplica: no such field; did you mean 'maxReplicas'?"),
     "kuberay: number as text": ("kuberay-cluster.yaml", "maxReplicas: 8", "maxReplicas: '8'", "spec.workerGroupSpecs.0.maxReplicas: must be of type integer, got '8'"),
@@ -918,6 +972,7 @@ def test_slurm_runs_the_command_under_symmetric_run(
     assert run.returncode == 0, run.stderr
     called = (tools / "called").read_text()
     assert "ray symmetric-run --address n1:20077 --min-nodes 2" in called
+    assert "--ntasks-per-node=1 --cpus-per-task=32 --gpus-per-task=4 " in called
     assert "-- tfkd tune mine.yaml --storage /shared/me/tfkd_results\ntoken\n" in called
     for words in ("tune mine.yaml --storage /mnt/mine", "resume /mnt/e"):
         subprocess.run([*script[:2], "tfkd", *words.split()], env=env, check=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OBJECTIVES
 from test_loop import float32_precisions
 
 from tfkd_ray.learn.config import TrainConfig
@@ -74,10 +75,18 @@ def test_a_resumed_run_is_one_that_was_never_stopped() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, according to torch
-@pytest.mark.parametrize("objective", ["ce", {"name": "tfkd_reg", "alpha": 0.5, "temperature": 4}])
-def test_no_step_waits_for_the_device(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("labels", ["bank", "online"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_no_step_waits_for_the_device(
+    objective: Any, labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the second step of an epoch to its last, a host that waits raises."""
-    c = config(objective=objective, optim={"batch_size": 128})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = None if objective.name == "tfkd_self" else {"name": "cnn", "widths": [32]}
+    teacher = {"teacher": {"model": model, "epochs": 1, "labels": labels}}
+    given = teacher if objective.needs_teacher else {}
+    c = config(objective=objective.model_dump(), optim={"batch_size": 128}, **given)
+    bank = find_or_train(c, tmp_path)
     images, _ = c.data.load()
     steps, done, step = len(images) // 128 + (len(images) % 128 >= 2), [0], torch.optim.SGD.step
 
@@ -89,7 +98,7 @@ def test_no_step_waits_for_the_device(objective: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.optim.SGD, "step", counted)
     try:
-        epochs = list(train(c))
+        epochs = list(train(c, teacher=bank))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(epochs) == 3 and done[0] == 3 * steps

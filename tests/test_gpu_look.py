@@ -1,15 +1,17 @@
 """What is said of GPUs that torch cannot use: no CUDA, an old driver, another architecture, a broken one."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tfkd_ray.launch.doctor import check_gpus_of_nodes as of_doctor
+from tfkd_ray.launch.doctor import check_mps
 from tfkd_ray.learn import gpu
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.gpu import gpu_trouble, has_code_for, why_no_gpu
+from tfkd_ray.learn.gpu import GpuLook, gpu_trouble, has_code_for, look_at_gpu, why_no_gpu
 from tfkd_ray.learn.loop import train
 from tfkd_ray.run import callbacks, nodes
 from tfkd_ray.settings.errors import ConfigError
@@ -119,7 +121,8 @@ def test_a_sweep_does_not_begin_on_gpus_that_cannot_be_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looked_at = {"10.0.0.1 (aa)": None, "10.0.0.2 (bb)": "torch sees no GPU: no driver"}
-    monkeypatch.setattr(nodes, "gpu_troubles", lambda: looked_at)
+    looks = {name: GpuLook(trouble, mps=True) for name, trouble in looked_at.items()}
+    monkeypatch.setattr(nodes, "gpu_looks", lambda: looks)
     with pytest.raises(ConfigError, match=r"10\.0\.0\.2 \(bb\): torch sees no GPU: no driver"):
         nodes.check_gpus()
     (problem,) = of_doctor(looked_at)
@@ -154,12 +157,26 @@ def test_one_node_of_each_kind_is_looked_at_and_a_busy_one_is_left_out(
     monkeypatch.setattr(nodes.ray, "nodes", lambda: there)
     monkeypatch.setattr(nodes.ray, "remote", lambda function: Task())
     monkeypatch.setattr(nodes.ray, "wait", lambda tasks, **more: (["aa"], ["cc"]))
-    monkeypatch.setattr(nodes.ray, "get", lambda task: f"{task} is wrong")
+    monkeypatch.setattr(nodes.ray, "get", lambda task: GpuLook(f"{task} is wrong", mps=True))
     cancelled: list[Any] = []
     monkeypatch.setattr(nodes.ray, "cancel", lambda task, **more: cancelled.append(task))
-    assert nodes.gpu_troubles() == {"aa (aaaaaaaa)": "aa is wrong"}
+    assert nodes.gpu_looks() == {"aa (aaaaaaaa)": GpuLook("aa is wrong", mps=True)}
     assert cancelled == ["cc"] and {s["num_gpus"] for s in asked} == {nodes.GPU_SHARE}
     assert [s["scheduling_strategy"].node_id[:2] for s in asked] == ["aa", "cc"]
+
+
+@pytest.mark.parametrize("share, mps, warned", [(0.25, False, 1), (0.25, True, 0), (1, False, 0)])
+def test_doctor_looks_for_mps_where_trials_share_a_gpu(
+    share: float, mps: bool, warned: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(gpu, "gpu_trouble", lambda: None)
+    if mps:
+        (tmp_path / "control").touch()
+    run = validated(TrainConfig, {"objective": "ce", "student": "mlp", "gpus_per_worker": share})
+    found = [*check_mps({"10.0.0.1 (aa)": look_at_gpu()}, run)]
+    assert len(found) == warned and not [*check_mps({"a": GpuLook(None, mps=False)}, None)]
+    assert all("nvidia-cuda-mps-control -d" in warning.text for warning in found)
 
 
 def test_shared_soft_labels_lie_on_the_drivers_node_in_a_third_of_its_store(

@@ -17,10 +17,11 @@ from test_folder import write_folder
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
-from tfkd_ray.learn.teachers import find_or_train
+from tfkd_ray.learn.teachers import describe, find_or_train, teacher_folder, train_teacher
 from tfkd_ray.run import epochs
 from tfkd_ray.run.epochs import COLLECTIVE_TIMEOUT_S
 from tfkd_ray.run.group import TrialFailed, WorkerGroup
+from tfkd_ray.run.tune import train_teachers
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.assignment import Assignment
@@ -156,6 +157,34 @@ def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_gr
         assert time.monotonic() - began < COLLECTIVE_TIMEOUT_S / 2
     finally:
         group.close()
+
+
+@pytest.mark.timeout(180)
+def test_a_group_trains_the_teacher_of_trials_of_several_workers(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    """One that stops before its last epoch, too."""
+    network = {"name": "own", "path": "tests.uneven:counted", "args": {"folder": str(tmp_path)}}
+    teacher = {"model": network, "epochs": 3, "stop_epoch": 2, "optim": {"batch_size": 64}}
+    tree = {"student": "mlp", "objective": "kd", "epochs": 1, "workers": 2, "teacher": teacher}
+    run = validated(TrainConfig, tree).pinned().teacher_run()
+    assert run is not None
+    told: list[float] = []
+    train_teachers(
+        [run],
+        Directory(tmp_path / "s"),
+        lambda run, about: told.append((about or {}).get("metrics", {}).get("epoch", 0)),
+    )
+    assert told == [0, 2]
+    assert {path.name for path in tmp_path.glob("worker-*")} == {"worker-0-of-2", "worker-1-of-2"}
+    alone = train_teacher(run, tmp_path / "alone")["metrics"]
+    found = describe(run, tmp_path / "s")["metrics"]
+    assert found["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
+    assert {path.name for path in teacher_folder(run, tmp_path / "s").iterdir()} == {
+        ".lock",
+        "student.safetensors",
+        "teacher.json",
+    }
 
 
 @pytest.mark.fault

@@ -981,13 +981,13 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
         3,
     )  # an epoch is not saved while the one before is on its way
     elsewhere("node-2")
-    real = teachers._trained
+    real = teachers.train_in
 
-    def counted(config: Any, folder: Path, on_epoch: Any, on_saved: Any) -> dict[str, float]:
+    def counted(folder: Path, config: Any, **more: Any) -> Any:
         trained[0] = load_state(folder)["epoch"]  # type: ignore[index]
-        return real(config, folder, on_epoch, on_saved)
+        return real(folder, config, **more)
 
-    monkeypatch.setattr(teachers, "_trained", counted)
+    monkeypatch.setattr(teachers, "train_in", counted)
     made = _teacher_task(run, storage, own_code.here())
     assert trained == [kept["epoch"]]
     assert {k for k in server.objects() if k.startswith(folder)} == {

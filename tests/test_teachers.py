@@ -1,5 +1,6 @@
 """Teachers: trained once, named by their configuration, checked when loaded."""
 
+import hashlib
 import multiprocessing
 import re
 import time
@@ -19,6 +20,7 @@ from tfkd_ray.learn.teachers import (
     load_teacher,
     progress_of,
     progress_teller,
+    take_weights,
     teacher_folder,
     teacher_name,
     train_teacher,
@@ -202,6 +204,7 @@ def test_a_doubtful_teacher_is_told_by_what_trains_a_sweeps_teachers_each_time(
         .teacher_run()
     )
     assert run is not None
+    train_teacher(run, tmp_path)
     for _ in range(2):
         said: list[str] = []
         train_teachers([run], Directory(tmp_path), on_note=said.append)
@@ -212,6 +215,38 @@ def test_a_doubtful_teacher_is_told_by_what_trains_a_sweeps_teachers_each_time(
         )
     train_teachers([run], Directory(tmp_path))
     assert said[0] in capfd.readouterr().err
+
+
+def test_a_task_judges_weights_whose_file_only_the_driver_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, network = tmp_path / "w.pt", Mlp(hidden=(32,)).build((1, 8, 8), 10)
+    torch.save(network.state_dict(), file)
+    teacher = {"model": {"name": "mlp", "hidden": [32]}, "weights": str(file)}
+    tree = {"objective": "kd", "student": "mlp", "teacher": teacher, "workers": 2}
+    run = validated(TrainConfig, tree).pinned().teacher_run()
+    assert run is not None and run.workers == 1
+    monkeypatch.setattr(teachers, "evaluate", lambda *given: pytest.fail("judged by the driver"))
+    take_weights(run, tmp_path)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.undo()
+    file.unlink()  # as on another node
+    about = train_teacher(run, tmp_path)
+    assert about["source_sha256"] == sha256 and 0 < about["metrics"]["val_accuracy"] < 1
+    loaded = load_teacher(run, tmp_path).state_dict()
+    assert all(loaded[name].equal(value) for name, value in network.state_dict().items())
+
+
+def test_a_teacher_has_as_many_workers_as_its_students_and_their_batch_statistics() -> None:
+    tree = {"objective": "kd", "student": "mlp", "teacher": "cnn", "workers": 3}
+    run = validated(TrainConfig, {**tree, "placement": "spread"}).teacher_run()
+    one = validated(TrainConfig, {**tree, "workers": 1}).teacher_run()
+    assert run is not None and one is not None
+    assert (run.workers, run.placement) == (3, "spread")
+    assert run.fingerprint() == one.fingerprint()
+    small = {**tree, "teacher": {"model": "cnn", "optim": {"batch_size": 2}}}
+    with pytest.raises(ConfigError, match=r"teacher.optim.batch_size: 3 workers cannot share 2"):
+        validated(TrainConfig, small)
 
 
 @pytest.mark.parametrize("moved", [[1, 0], [1, 2, 0], [1, 0, 3, 2], []], ids=str)

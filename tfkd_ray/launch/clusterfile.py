@@ -286,6 +286,7 @@ def versions_in(texts: Iterable[str]) -> dict[str, set[str]]:
         found["ray"] |= set(re.findall(r"rayproject/ray(?:-ml)?:(\d[\d.]*\d)", text))
         found["ray"] |= set(re.findall(r":[\w.-]*-ray(\d[\d.]*\d)", text))
         found["torch"] |= set(re.findall(r"\btorch==([\w.+]+)", text))
+        found["torch"] |= set(re.findall(r":[\w.-]*-torch(\d[\d.]*\d)", text))
         found["python"] |= set(re.findall(r"\bpython(3\.\d+)\b", text))
         found["python"] |= {f"3.{minor}" for minor in re.findall(r":[\w.-]*-py3(\d+)", text)}
     return found

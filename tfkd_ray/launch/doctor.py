@@ -19,6 +19,7 @@ from typing import Literal
 import ray
 
 from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.gpu import GpuLook
 from tfkd_ray.run.auth import token, token_file
 from tfkd_ray.run.connect import (
     check_ray,
@@ -32,7 +33,7 @@ from tfkd_ray.run.connect import (
 from tfkd_ray.run.nodes import (
     Mark,
     Node,
-    gpu_troubles,
+    gpu_looks,
     shared_memory,
     unshared,
     versions_of_node,
@@ -102,7 +103,9 @@ def examine(
     yield from check_sockets({node.name: node.socket for node in there})
     yield from check_shared_memory({node.name: (node.shm, node.object_store) for node in there})
     yield from check_storage(storage, there)
-    yield from check_gpus_of_nodes(gpu_troubles())
+    looks = gpu_looks()
+    yield from check_gpus_of_nodes({name: look.trouble for name, look in looks.items()})
+    yield from check_mps(looks, shape)
     yield from check_trials(shape)
     yield from check_groups(reap=reap)
 
@@ -295,6 +298,19 @@ def check_gpus_of_nodes(looked_at: dict[str, str | None]) -> Iterator[Found]:
             yield Found("problem", "gpu", f"{name}: {trouble}")
     if looked_at and not any(looked_at.values()):
         yield Found("ok", "gpu", f"torch multiplies on {len(looked_at)} of {len(looked_at)} kinds")
+
+
+def check_mps(looks: dict[str, GpuLook], shape: TrainConfig | None) -> Iterator[Found]:
+    """Check that NVIDIA MPS runs where trials share a GPU."""
+    if shape is None or not 0 < shape.gpus_per_worker < 1:
+        return
+    for name, look in looks.items():
+        if look.trouble is None and not look.mps:
+            text = (
+                f"{name}: NVIDIA MPS does not run, and trials of {shape.gpus_per_worker:g} GPU take turns on it; put "
+                "before `ray start`: nvidia-cuda-mps-control -d"
+            )
+            yield Found("warning", "gpu", text)
 
 
 def check_trials(shape: TrainConfig | None) -> Iterator[Found]:

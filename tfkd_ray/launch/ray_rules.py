@@ -80,6 +80,7 @@ def ray_problems(file: ClusterFile) -> Sentences:
         _open_to_the_world,
         _machine_image,
         _versions,
+        _nvidia_driver,
     ):
         yield from rule(file)
 
@@ -325,6 +326,31 @@ def _loose(text: str) -> Sentences:
     pip = r"pip install[^;&|]*?\s['\"]?(ray(?:\[[^\]]*\])?|torch)['\"]?(\s|$)"
     if loose := re.search(pip, text):
         yield f"setup_commands: {loose[1]} without a version; pin it: {loose[1]}==VERSION"
+
+
+CUDA_DRIVER = 580
+"""NVIDIA's oldest driver for CUDA 13, for which torch 2.14 is built."""
+
+
+def _nvidia_driver(file: ClusterFile) -> Sentences:
+    """Yield rented machines with GPUs whose driver is too old, or is not looked at."""
+    types = below(file.tree, "available_node_types")
+    for name, node in types.items():
+        if not below(node, "resources").get("GPU"):
+            continue
+        image = re.search(r"nvidia-(\d{3})\b", json.dumps(below(node, "node_config")))
+        if image and int(image[1]) < CUDA_DRIVER:
+            yield (
+                f"available_node_types.{name}.node_config: the image has NVIDIA's driver {image[1]}, and torch needs "
+                f"{CUDA_DRIVER} or later (CUDA 13); name a newer image"
+            )
+        own = node.get("initialization_commands", file.tree.get("initialization_commands"))
+        if "nvidia-smi" not in "\n".join(map(str, own or [])):
+            yield (
+                f"available_node_types.{name}: no command waits for NVIDIA's driver, and a node that joins before its "
+                "driver is loaded fails each trial; add the line with nvidia-smi of clusters/aws-gpu.yaml to "
+                "initialization_commands"
+            )
 
 
 def _machine_image(file: ClusterFile) -> Sentences:

@@ -38,6 +38,8 @@ def slurm_problems(file: ClusterFile) -> Iterator[str]:
     if start[1] == "symmetric-run":
         if not re.search(r"^#SBATCH\s+--exclusive", text, re.M):
             yield "#SBATCH --exclusive: required, and not given; when it ends, `ray symmetric-run` ends all of your Ray on its nodes"  # noqa: E501
+        if not re.search(r"\bsrun\b[^&|;]*--cpus-per-task", text):
+            yield "srun --cpus-per-task: required, and not given; since Slurm 22.05 srun does not take it from sbatch, and Ray would run on one core"  # noqa: E501
         if "--min-nodes" not in text:
             yield "--min-nodes: required, and not given; the sweep would begin before all nodes are there"
     if not re.search(r"^#SBATCH\s+(--nodes|-N)", text, re.M):

@@ -42,6 +42,7 @@ from tfkd_ray.learn.models import (
 from tfkd_ray.learn.objectives import (
     Canonical,
     CrossEntropy,
+    KnowledgeDistillation,
     LabelSmoothing,
     Objective,
     OwnObjective,
@@ -50,6 +51,7 @@ from tfkd_ray.learn.objectives import (
 from tfkd_ray.learn.optimizers import Count, Optim, OptimConfig, Positive
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.own_loss import Layers
+from tfkd_ray.learn.top_labels import KEPT, MOST_CLASSES
 from tfkd_ray.learn.unlabelled import REST, is_array
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
@@ -236,10 +238,14 @@ class TeacherConfig(Settings):
     input: TeacherInput | None = None
     """Preprocessing that `weights` were trained with. None: that of torchvision's weights or of
     timm's network; for any other file, that of the data set."""
-    labels: Literal["auto", "bank", "online"] = "auto"
+    labels: Literal["auto", "bank", "online", "top50"] = "auto"
     """bank: computes the teacher's logits once per view of the images, caches them on the node and
     shares them between all trials with that view, in half precision (float32 if they reach 128).
-    online: computes them in every step. auto: bank, except for tiny teachers."""
+    online: computes them in every step. auto: bank, except for tiny teachers; online if a view
+    takes more than 1 GiB. top50: a bank of the 50 largest logits and the mean and variance of the
+    others, 208 bytes an image, for `kd` and `tfkd_self`. A run that would lose more than 1 % of its
+    soft part is refused: which of the others are likelier is lost, and counts more the higher T
+    is."""
 
 
 class SharingTeacher(TeacherConfig):
@@ -479,8 +485,10 @@ class TrainConfig(Settings):
     def _optim_problems(self) -> Iterator[str]:
         found = [("optim", self.optim, self.workers)]
         for where, teacher in self._given_teachers().items():
-            found.append((f"{where}.optim", teacher.optim, 1))
+            found.append((f"{where}.optim", teacher.optim, self._workers_of(teacher)))
         for where, optim, workers in found:
+            if where != "optim" and workers > optim.batch_size:
+                yield f"{where}.batch_size: {workers} workers cannot share {optim.batch_size} images"
             share = optim.batch_size // workers
             if 0 < share < optim.accumulate:
                 of_worker = "" if workers == 1 else f" a worker's share of {optim.batch_size},"
@@ -608,6 +616,8 @@ class TrainConfig(Settings):
         if self.init == "trained" and other:
             yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
         yield from _input_problems(teacher, self.data.shape[0], where)
+        if teacher.labels == "top50" and self.objective.needs_teacher:
+            yield from self._top_problems(where)
         epochs = teacher.epochs or self.epochs
         if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
             yield f"{where}.stop_epoch: must be at most {where}.epochs, {epochs}, got {teacher.stop_epoch}"
@@ -616,6 +626,22 @@ class TrainConfig(Settings):
                 f"{where}.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch, "
                 "or confirm --train-only"
             )
+
+    def _top_problems(self, where: str) -> Iterator[str]:
+        """Yield a sentence for each reason against a bank of the largest logits."""
+        classes = self.data.num_classes
+        if not isinstance(self.objective, KnowledgeDistillation):
+            yield (
+                f"{where}.labels: top50 is for kd and tfkd_self, and objective {self.objective.called} may need each "
+                "logit; use bank or online"
+            )
+        if not KEPT < classes <= MOST_CLASSES:
+            yield (
+                f"{where}.labels: top50 is for {KEPT + 1} to {MOST_CLASSES} classes, and {self.data.name} has "
+                f"{classes}; use bank or online"
+            )
+        if self.loop is not None:
+            yield f"{where}.labels: a loop of your own asks the teacher itself, got top50; leave it out"
 
     def _several_problems(self) -> list[str]:
         """Return a sentence for each setting that does not go with several teachers."""
@@ -698,17 +724,22 @@ class TrainConfig(Settings):
 
         It is empty if the objective needs no teacher.
         """
+        return tuple(kind != "online" for kind in self.label_kinds)
+
+    @property
+    def label_kinds(self) -> tuple[str, ...]:
+        """Return for each teacher how its logits are kept: online, bank or top50."""
         if not self.objective.needs_teacher:
             return ()
-        return tuple(map(self._has_bank, self._given_teachers().values()))
+        return tuple(map(self._labels_of, self._given_teachers().values()))
 
-    def _has_bank(self, teacher: TeacherConfig) -> bool:
+    def _labels_of(self, teacher: TeacherConfig) -> str:
         if self.loop is not None:
-            return False
+            return "online"
+        if teacher.labels != "auto":
+            return teacher.labels
         network = teacher.model or self.student
-        return teacher.labels == "bank" or (
-            teacher.labels == "auto" and network.operations(self.data.shape) >= TINY_NETWORK
-        )
+        return "bank" if network.operations(self.data.shape) >= TINY_NETWORK else "online"
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -732,6 +763,10 @@ class TrainConfig(Settings):
             raise ValueError(f"this run has {len(runs)} teachers; ask for teacher_runs()")
         return runs[0] if runs else None
 
+    def _workers_of(self, teacher: TeacherConfig) -> int:
+        """Return how many workers train a teacher: as many as a student; one judges weights."""
+        return 1 if teacher.weights else self.workers
+
     def _run_of(self, teacher: TeacherConfig) -> TeacherRun:
         begins: dict[str, Any] = {}
         if isinstance(self.objective, TfkdSelf) and self.init != "trained" and not teacher.weights:
@@ -754,6 +789,9 @@ class TrainConfig(Settings):
             stop_accuracy=teacher.stop_accuracy,
             weights=teacher.weights,
             input=teacher.input,
+            workers=self._workers_of(teacher),
+            batch_norm=self.batch_norm,
+            placement=self.placement,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=min(self.gpus_per_worker, 1),
             accelerator_type=self.accelerator_type,
@@ -960,6 +998,8 @@ class TrainConfig(Settings):
             made, banked = [*zip(made, self.shares, strict=True)], self.banks
         else:
             made = made[0] if made else None
+        if "top50" in self.label_kinds:
+            banked = self.label_kinds
         text = json.dumps([tree, made, banked, *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

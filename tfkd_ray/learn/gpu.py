@@ -3,8 +3,25 @@
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+
+class GpuLook(NamedTuple):
+    """What a process found that looked at its GPU."""
+
+    trouble: str | None
+    """What is wrong with it; None: it multiplies."""
+    mps: bool
+    """Whether NVIDIA MPS runs there: without it, processes that share a GPU take turns on it."""
+
+
+def look_at_gpu() -> GpuLook:
+    """Return what is found of the GPU of this process."""
+    place = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    return GpuLook(gpu_trouble(), Path(place, "control").exists())
 
 
 def why_no_gpu() -> str:

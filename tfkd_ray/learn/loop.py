@@ -67,6 +67,7 @@ from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, each_of
 from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.learn.stopwatch import Stopwatch
+from tfkd_ray.learn.top_labels import COLUMNS, MOST_LOST, share_lost, unpacked
 from tfkd_ray.learn.unlabelled import REST, UnlabelledPart, UnlabelledStream, number_beside
 from tfkd_ray.settings.errors import ConfigError, Say, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
@@ -370,8 +371,8 @@ class _Lessons:
             raise ValueError(
                 f"teacher: {len(runs)} are needed, and {len(given)} given; pass teachers.find_or_train(config)"
             )
-        for run, banked, one in zip(runs, config.banks, given, strict=True):
-            kind = run.student.memory_format, banked
+        for run, labels, one in zip(runs, config.label_kinds, given, strict=True):
+            kind = run.student.memory_format, labels
             self._parts.append(
                 _Lesson(config, *kind, one, count, device, objective, self.autocast, say)
             )
@@ -428,6 +429,10 @@ class _Lessons:
         return combined(logits, self._shares, self._temperature)
 
 
+TOP_SAMPLE = 512
+"""Train images by which a bank of the largest logits is judged."""
+
+
 class _Lesson:
     """One teacher's logits for a student in training: from its bank, or from the teacher itself.
 
@@ -435,7 +440,7 @@ class _Lesson:
 
     Args:
         layout: memory format of the teacher's network.
-        banked: whether the configuration wants the bank.
+        labels: how the configuration wants the logits kept: bank, top50 or online.
         teacher: a bank that is too large, or that the configuration does not want, is not used.
         count: number of train images.
         objective: a `ready` one.
@@ -447,7 +452,7 @@ class _Lesson:
         self,
         config: TrainConfig,
         layout: torch.memory_format,
-        banked: bool,
+        labels: str,
         teacher: Teacher,
         count: int,
         device: torch.device,
@@ -457,7 +462,9 @@ class _Lesson:
     ) -> None:
         self._config, self._count, self.device = config, count, device
         self._layers, self._called = objective.teacher_layers, objective.called
-        self._layout, self.autocast = layout, autocast
+        self._layout, self.autocast, self._say = layout, autocast, say
+        self._top, self._temperature = labels == "top50", objective.teacher_temperature
+        self._top_checked = False
         self._bank: Bank | None = None
         self._online: nn.Module | None = None
         self._of_train: Tensor | None = None
@@ -466,13 +473,20 @@ class _Lesson:
         self._unlabelled_keys: list[dict[str, Any]] = []
         self._rows: Tensor | None = None
         self._rows_of: dict[str, Any] = {}
-        small = fits(count, config.data.num_classes)
-        numbers = numbers_of(self._layers)
-        if isinstance(teacher, Bank) and banked and small and fits(count, numbers):
+        wanted = isinstance(teacher, Bank) and labels != "online"
+        small, numbers = self._fits(count), numbers_of(self._layers)
+        if wanted and small and fits(count, numbers):
+            assert isinstance(teacher, Bank), f"{teacher=}"
             self._bank = teacher
             return
         self._online = self._placed(_network_of(teacher))
-        if isinstance(teacher, Bank) and banked and small:
+        if wanted and not small:
+            _tell_once(
+                f"the teacher's logits, {count:,} images x {config.data.num_classes:,} classes, are too large for the "
+                "bank of soft labels: the teacher runs in every step; teacher.labels: top50 keeps fewer",
+                say,
+            )
+        elif wanted:
             _tell_once(
                 f"the outputs of the teacher's {' and '.join(self._layers)}, {numbers:,} numbers an image, are too "
                 "large for the bank of soft labels: the teacher runs in every step",
@@ -496,16 +510,49 @@ class _Lesson:
             return torch.cat(rows)
 
         key = self._config.augment.key(self._config.seed, epoch)
-        found = self._bank.logits(
-            key, self._count, self._config.data.num_classes, self._asking(seen)
-        )
-        self._of_train = found.to(self.device)
+        if self._top and not self._top_checked:
+            self._check_top(key, seen)
+        self._of_train = self._banked_labels(key, self._count, seen).to(self.device)
         self._rest()
         if self._layers and key != self._rows_of:
             numbers = numbers_of(self._layers)
             rows = self._bank.features(key, self._count, list(self._layers), numbers, ask_layers)
             self._rows, self._rows_of = rows.to(self.device), key
             self._rest()
+
+    def _fits(self, count: int) -> bool:
+        """Return whether the logits of as many images fit in the bank."""
+        return fits(count, COLUMNS if self._top else self._config.data.num_classes)
+
+    def _banked_labels(self, key: dict[str, Any], count: int, seen: _Seen) -> Tensor:
+        """Return a view's logits as the bank keeps them: whole rows [N, K], or `packed` ones."""
+        assert self._bank is not None, f"{key=}"
+        kept = self._bank.top_logits if self._top else self._bank.logits
+        return kept(key, count, self._config.data.num_classes, self._asking(seen))
+
+    def _check_top(self, key: dict[str, Any], seen: _Seen) -> None:
+        """Raise if the largest logits of some train images lose too much of their soft part."""
+        self._top_checked = True
+        assert self._bank is not None, f"{key=}"
+        some = torch.arange(self._count)[:: max(1, self._count // TOP_SAMPLE)][:TOP_SAMPLE]
+        ask = self._asking(seen)
+        logits = self._bank.logits(
+            {**key, "sample": len(some)},
+            len(some),
+            self._config.data.num_classes,
+            lambda network, index: ask(network, some[index]),
+        ).float()
+        lost = share_lost(logits, self._temperature)
+        others = ", ".join(f"{share_lost(logits, T):.2g} at {T}" for T in (1, 4, 20))
+        text = (
+            f"teacher.labels: top50 loses {lost:.2g} of the soft part at temperature {self._temperature:g} (shares, of "
+            f"{len(some)} train images; {others})"
+        )
+        if lost > MOST_LOST:
+            raise ConfigError(
+                f"{text}: more than {MOST_LOST:g}; use bank or online, or a lower objective.temperature"
+            )
+        _tell_once(text, self._say)
 
     def _asking(self, seen: _Seen) -> Callable[[nn.Module, Tensor], Tensor]:
         """Return the function that gives a network's logits of the images at some indices."""
@@ -537,16 +584,14 @@ class _Lesson:
         """Get the logits of an epoch's unlabelled images from the bank; see `_Lessons`."""
         if self._bank is None:
             return
-        classes = self._config.data.num_classes
-        if not all(fits(len(part.chosen), classes) for part, _ in views):
+        if not all(self._fits(len(part.chosen)) for part, _ in views):
             self._online = self._online or self._placed(self._bank.network())
             return
         keys = [part.key for part, _ in views]
         if keys != self._unlabelled_keys:
             found = []
             for part, seen in views:
-                ask = self._asking(seen)
-                found.append(self._bank.logits(part.key, len(part.chosen), classes, ask))
+                found.append(self._banked_labels(part.key, len(part.chosen), seen))
             self._unlabelled_views = torch.cat(found).to(self.device)
             self._unlabelled_keys = keys
         assert self._unlabelled_views is not None, f"{keys=}"
@@ -555,7 +600,7 @@ class _Lesson:
     def of_unlabelled(self, mine: Tensor, images: Tensor) -> Tensor:
         """Return the logits [U, K] of unlabelled images with the indices `mine` in the epoch."""
         if self._of_unlabelled is not None:
-            return self._of_unlabelled[mine].float()
+            return self._whole(self._of_unlabelled[mine])
         assert self._online is not None, f"{self._bank=}"
         with torch.no_grad(), self.autocast:
             logits: Tensor = self._online(images).float()
@@ -565,11 +610,17 @@ class _Lesson:
         """Return the logits [B, K] of train images with the indices `mine`, and their layers."""
         if self._of_train is not None:
             layers = {} if self._rows is None else from_rows(self._rows[mine], self._layers)
-            return self._of_train[mine].float(), layers
+            return self._whole(self._of_train[mine]), layers
         assert self._online is not None, f"{self._bank=}"
         with torch.no_grad(), self.autocast, caught(self._online, self._layers) as found:
             logits: Tensor = self._online(images).float()
         return logits, self._outputs(found, len(images))
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """Return the logits, float32 [B, K], of rows of the bank."""
+        if not self._top:
+            return rows.float()
+        return unpacked(rows, self._config.data.num_classes, self._temperature)
 
     def of_validation(self, images: Images, rank: int, workers: int) -> Tensor:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
@@ -718,7 +769,7 @@ def _workers_and_rank() -> tuple[int, int]:
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
 
-def _device_of(config: TrainConfig) -> torch.device:
+def device_of(config: TrainConfig) -> torch.device:
     """Return the device of this worker; raise a RuntimeError if it has none of the kind asked."""
     if not config.gpus_per_worker:
         return torch.device("cpu")
@@ -732,7 +783,7 @@ def _device_of(config: TrainConfig) -> torch.device:
 @contextlib.contextmanager
 def _set_up(config: TrainConfig) -> Iterator[torch.device]:
     """Yield the device of this worker; torch's threads and TF32 are set for the run meanwhile."""
-    device = _device_of(config)
+    device = device_of(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
     try:

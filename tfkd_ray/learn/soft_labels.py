@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from tfkd_ray.learn import top_labels
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import cache_folder, free_bytes, whole_file
 
@@ -110,6 +111,16 @@ class Bank:
             compute: returns the logits [n, K] of the images at indices int64 [n].
         """
         return self._found(view, [count, num_classes], compute, _centred)
+
+    def top_logits(
+        self, view: dict[str, Any], count: int, num_classes: int, compute: Compute
+    ) -> Tensor:
+        """Return the largest logits of a view, int16 [N, W], as `top_labels` packs them.
+
+        Else like `logits`.
+        """
+        of_top = {**view, "kept": f"top {top_labels.KEPT} of {num_classes}"}
+        return self._found(of_top, [count, top_labels.COLUMNS], compute, _top)
 
     def features(
         self,
@@ -247,13 +258,22 @@ def limit() -> float:
 
 
 def _centred(logits: Tensor) -> Tensor:
+    logits = _finite_logits(logits)
+    return _rounded(logits - logits.mean(dim=1, keepdim=True))
+
+
+def _top(logits: Tensor) -> Tensor:
+    return top_labels.packed(_finite_logits(logits).cpu())
+
+
+def _finite_logits(logits: Tensor) -> Tensor:
     logits = logits.float()
     if not logits.isfinite().all():
         raise ConfigError(
             "the teacher gives logits that are not finite numbers; look at its weights and at how its images are "
             "normalised, or set precision: fp32"
         )
-    return _rounded(logits - logits.mean(dim=1, keepdim=True))
+    return logits
 
 
 def _as_they_are(features: Tensor) -> Tensor:

@@ -9,18 +9,20 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tfkd_ray.learn.chance import guessing
 from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_weights, save_weights
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.evaluate import evaluate, predictions
-from tfkd_ray.learn.loop import LOOP_VERSION, train_in
+from tfkd_ray.learn.images import Images
+from tfkd_ray.learn.loop import LOOP_VERSION, device_of, train_in
 from tfkd_ray.learn.soft_labels import Bank, Elsewhere
 from tfkd_ray.learn.teacher_input import input_of, input_shape, show, untrained
 from tfkd_ray.learn.weights import load_outside
@@ -67,20 +69,26 @@ def train_teacher(
     storage: Path,
     on_epoch: Callable[[Numbers], None] | None = None,
     on_saved: Callable[[bool], None] | None = None,
+    epochs: Callable[[], Iterator[Numbers]] | None = None,
 ) -> Tree:
     """Train the teacher, or take it from its file, unless it exists; return `teacher.json`.
 
     One process at a time trains a teacher, and others wait for it; if the process is killed, the
     next one resumes from its checkpoint.
+
+    Args:
+        epochs: trains it in its folder elsewhere, and yields its metrics. None: this process does.
     """
     folder = teacher_folder(config, storage)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not is_trained(config, storage):
-            taken = config.weights is not None
-            metrics = (
-                _taken(config, folder) if taken else _trained(config, folder, on_epoch, on_saved)
-            )
+            if config.weights is not None:
+                metrics = _taken(config, folder)
+            elif epochs is not None:
+                metrics = _last_of(config, epochs(), on_epoch)
+            else:
+                metrics = _last_of(config, train_in(folder, config, on_saved=on_saved), on_epoch)
             about = {
                 "name": teacher_name(config),
                 "loop_version": LOOP_VERSION,
@@ -91,7 +99,7 @@ def train_teacher(
                 "input": input_of(config),
             }
             if config.weights is not None:
-                about["source_sha256"] = _source_sha256(config)
+                about["source_sha256"] = _taken_from(folder)["source_sha256"]
             if (doubt := _doubt(config, folder, metrics)) is not None:
                 about["doubt"] = doubt
             write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
@@ -128,14 +136,12 @@ def of_other_data(config: TeacherRun, storage: Path) -> str | None:
     return None
 
 
-def _trained(
-    config: TeacherRun,
-    folder: Path,
-    on_epoch: Callable[[Numbers], None] | None,
-    on_saved: Callable[[bool], None] | None,
+def _last_of(
+    config: TeacherRun, epochs: Iterator[Numbers], on_epoch: Callable[[Numbers], None] | None
 ) -> Numbers:
+    """Return the metrics of the last of a teacher's epochs."""
     metrics: Numbers = {}
-    for metrics in train_in(folder, config, on_saved=on_saved):
+    for metrics in epochs:
         if on_epoch:
             on_epoch(metrics)
     if config.stop_accuracy is not None and metrics["val_accuracy"] < config.stop_accuracy:
@@ -146,17 +152,57 @@ def _trained(
     return metrics
 
 
-def _taken(config: TeacherRun, folder: Path) -> Numbers:
-    """Copy external weights; return their metrics on validation, empty without validation."""
+def take_weights(config: TeacherRun, storage: Path) -> None:
+    """Copy a teacher's external weights to its folder, for `train_teacher` to judge, on any node."""
+    folder = teacher_folder(config, storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not is_trained(config, storage):
+            _take(config, folder)
+
+
+def _take(config: TeacherRun, folder: Path) -> None:
     assert config.weights is not None, f"{config.weights=}"
     data = config.data
     shape = input_shape(config, input_of(config))
     weights = load_outside(config.weights, config.student, shape, data.num_classes, data)
-    save_weights(folder / WEIGHTS, weights, {"from": config.weights})
+    about = {"from": config.weights, "source_sha256": json.dumps(_source_sha256(config))}
+    save_weights(folder / WEIGHTS, weights, about)
+
+
+def _taken_from(folder: Path) -> Tree:
+    """Return the origin of weights that `take_weights` copied; empty without any."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(folder / WEIGHTS, "pt") as file:
+        about: Tree = dict(file.metadata() or {})
+        if "source_sha256" in about:
+            return {**about, "source_sha256": json.loads(about["source_sha256"])}
+    return {}
+
+
+def _taken(config: TeacherRun, folder: Path) -> Numbers:
+    """Copy external weights, unless they are here; return their metrics on validation.
+
+    These are empty without validation.
+    """
+    taken, here = _taken_from(folder), _source_sha256(config)
+    if not taken or here not in (None, taken["source_sha256"]):
+        _take(config, folder)
+    val_set = config.data.load()[1]
+    if val_set is None:
+        return {}
+    module, val_set = _placed(config, folder, val_set)
+    return evaluate(module, config.data, val_set)
+
+
+def _placed(config: TeacherRun, folder: Path, images: Images) -> tuple[nn.Module, Images]:
+    """Return a teacher with the weights in its folder, and images, where its run computes.
+
+    That is the CPU if a group of workers trained it: this process then has no GPU.
+    """
     module = untrained(config)
-    module.load_state_dict(weights)
-    val_set = data.load()[1]
-    return {} if val_set is None else evaluate(module, data, val_set)
+    device = torch.device("cpu") if config.workers > 1 else device_of(config)
+    module.load_state_dict(load_weights(folder / WEIGHTS, network=module))
+    return module.to(device), images.on(device)
 
 
 def _doubt(config: TeacherRun, folder: Path, metrics: Numbers) -> str | None:
@@ -172,11 +218,11 @@ def _doubt(config: TeacherRun, folder: Path, metrics: Numbers) -> str | None:
     guesses = accuracy <= highest
     if not guesses and config.weights is None:
         return None
-    module = untrained(config)
-    module.load_state_dict(load_weights(folder / WEIGHTS, network=module))
+    module, val_set = _placed(config, folder, val_set)
     met = torch.zeros(K, K, dtype=torch.long)  # images by prediction and label
     for logits, labels in predictions(module, val_set, config.data):
-        met += torch.bincount(logits.argmax(dim=1) * K + labels, minlength=K * K).view(K, K)
+        pairs = logits.argmax(dim=1) * K + labels
+        met += torch.bincount(pairs, minlength=K * K).view(K, K).cpu()
     if not guesses:
         return _exchanged(teacher_name(config), met)
     renamed, answers = int(met.max(dim=1).values.sum()) / n, met.sum(dim=1)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tfkd_ray.learn import teachers
-from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.loop import train_in
 from tfkd_ray.learn.several import banks_in
 from tfkd_ray.run.connect import BROKEN_GPU
@@ -59,7 +59,7 @@ def epochs_here(
 
 
 def prepared_epochs(
-    run: dict[str, Any],
+    run: dict[str, Any] | TeacherRun,
     assignment: Assignment,
     say: Say | None = None,
     meet: Callable[[], None] | None = None,
@@ -67,8 +67,11 @@ def prepared_epochs(
     """Yield the epochs of a trial in this process, after preparing its data and its teacher.
 
     Args:
+        run: a trial's configuration, or a teacher in training.
         meet: waits for the group's other workers, without a time limit. None: there are no others.
     """
+    if isinstance(run, TeacherRun):
+        return _epochs_of_teacher(run, assignment, say, meet)
     config = validated(TrainConfig, run)
     check_data_here(config)
     storage, directory = assignment.place
@@ -92,6 +95,20 @@ def prepared_epochs(
         say=say,
         on_saved=storage.on_saved(directory),
     )
+
+
+def _epochs_of_teacher(
+    run: TeacherRun, assignment: Assignment, say: Say | None, meet: Callable[[], None] | None
+) -> Iterator[Metrics]:
+    """Yield the epochs of a teacher in this process, one of a group's workers."""
+    check_data_here(run)
+    storage, directory = assignment.place
+    teachers.fetch_teacher(run, storage)
+    run.data.load()
+    run.data.statistics()
+    if meet is not None:
+        meet()
+    return train_in(directory, run, say=say, on_saved=storage.on_saved(directory))
 
 
 def check_data_here(config: TrainConfig) -> None:

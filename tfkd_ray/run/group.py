@@ -18,9 +18,10 @@ import ray
 import torch
 import torch.distributed as dist
 
-from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.dataset import seal_test_split
 from tfkd_ray.learn.loop import Diverged
+from tfkd_ray.learn.teachers import fetch_teacher, teacher_folder
 from tfkd_ray.run.connect import label_selectors, on_this_node
 from tfkd_ray.run.epochs import (
     COLLECTIVE_TIMEOUT_S,
@@ -39,9 +40,9 @@ from tfkd_ray.run.epochs import (
     unheard,
 )
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.storage import Storage
 
 STOP_TIMEOUT_S = 10.0
 """Maximum time for a group to save and stop when the sweep ends."""
@@ -78,8 +79,8 @@ class WorkerGroup:
         self._runs = 0
         self._desk: Any = None
 
-    def epochs(self, run: Tree, assignment: Assignment) -> Iterator[Metrics]:
-        """Yield the epochs of a trial on the group; start or restart the group if necessary."""
+    def epochs(self, run: Tree | TeacherRun, assignment: Assignment) -> Iterator[Metrics]:
+        """Yield the epochs of a trial, or of a teacher, on the group; (re)start it if necessary."""
         if self._desk is None or not self._alive():
             self._start(assignment.avoid)
         self._runs += 1
@@ -94,6 +95,9 @@ class WorkerGroup:
                 if kind == "note":
                     self._say(value)
                     continue
+                if kind == "ended":  # a teacher that stops early
+                    done = True
+                    return
                 done = value["epoch"] == assignment.epochs
                 yield value
                 if not done:
@@ -135,7 +139,7 @@ class WorkerGroup:
             runtime_env={"env_vars": env},
             scheduling_strategy=on_this_node(),
         )
-        self._desk = desk.remote(self._config.tree, str(self._folder), own_code.here(), avoid)
+        self._desk = desk.remote(self._config, str(self._folder), own_code.here(), avoid)
 
     def _alive(self) -> bool:
         try:
@@ -168,6 +172,24 @@ class WorkerGroup:
                 pass
 
 
+def teacher_epochs(run: TeacherRun, storage: Storage) -> Iterator[Metrics]:
+    """Yield the epochs of a teacher that a group of its own trains in the teacher's folder.
+
+    Raises:
+        GroupLost: its workers died.
+        TrialFailed: it cannot be trained.
+    """
+    folder = teacher_folder(run, storage.folder)
+    place = folder.relative_to(storage.folder)
+    group = WorkerGroup(run, folder / "group")
+    try:
+        about = Assignment(folder.name, run.epochs, directory=place, storage=storage)
+        yield from group.epochs(run, about)
+    finally:
+        group.close()
+    fetch_teacher(run, storage)
+
+
 class _Desk:
     """Actor between a trial and its workers: owns their TorchTrainer and passes messages both ways.
 
@@ -175,7 +197,7 @@ class _Desk:
     """
 
     def __init__(
-        self, config: Tree, storage: str, home: own_code.Place, avoid: Sequence[str]
+        self, config: TrainConfig, storage: str, home: own_code.Place, avoid: Sequence[str]
     ) -> None:
         own_code.enter(home)
         self._home, self._avoid = home, avoid
@@ -184,9 +206,7 @@ class _Desk:
         self._trouble: str | None = None
         self._starts: set[str] = set()
         self._desk = ray.get_runtime_context().current_actor
-        self._thread = threading.Thread(
-            target=self._fit, args=(validated(TrainConfig, config), storage), daemon=True
-        )
+        self._thread = threading.Thread(target=self._fit, args=(config, storage), daemon=True)
         self._thread.start()
 
     def _fit(self, config: TrainConfig, storage: str) -> None:
@@ -340,18 +360,22 @@ class _GroupWorker:
         dist.broadcast_object_list(message, src=0, group=self._control)
         return tuple(message[0])
 
-    def run_trial(self, number: int, run: Tree, assignment: Assignment) -> None:
+    def run_trial(self, number: int, run: Tree | TeacherRun, assignment: Assignment) -> None:
         """Run a trial until it ends; raise if the group cannot run another one."""
         self._notice.training = self._in_step = True
         say = functools.partial(self._tell, number, "note") if self._first else unheard
+        epoch = 0.0
         try:
             epochs = prepared_epochs(run, assignment, say, self._meet)
             while (metrics := self._next(epochs)) is not None:
                 check_metrics(metrics, assignment)
+                epoch = metrics["epoch"]
                 if self._first:
                     self._tell(number, "epoch", metrics)
-                if metrics["epoch"] != assignment.epochs:
+                if epoch != assignment.epochs:
                     self._after_epoch(number, epochs)
+            if self._first and epoch != assignment.epochs:
+                self._tell(number, "ended", None)
         except (Exception, SystemExit) as error:
             if not self._goes_on_after(error, number, assignment):
                 raise

@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tfkd_ray.learn.config import KIND
-from tfkd_ray.learn.gpu import gpu_trouble
+from tfkd_ray.learn.gpu import GpuLook, look_at_gpu
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.store.experiment import read_text
@@ -133,8 +133,8 @@ def _look(folder: str | None, word: str | None, node: str, mirror: Mirror | None
     return {"versions": versions_of_node(), "shm": shared_memory(), "storage": wrong, "node": node}
 
 
-def gpu_troubles() -> dict[str, str | None]:
-    """Return what is wrong with the GPUs of the nodes, one of each kind; None: they multiply.
+def gpu_looks() -> dict[str, GpuLook]:
+    """Return what is found of the GPUs of the nodes, one of each kind, by the nodes' names.
 
     Nodes are of one kind if they declare the same GPUs. A node whose GPUs are all in use is left
     out: what uses them has found them good.
@@ -148,7 +148,7 @@ def gpu_troubles() -> dict[str, str | None]:
     tasks = {}
     for about in kinds.values():
         pinned = NodeAffinitySchedulingStrategy(about["NodeID"], soft=False)
-        task = ray.remote(gpu_trouble).options(
+        task = ray.remote(look_at_gpu).options(
             num_cpus=0, num_gpus=GPU_SHARE, scheduling_strategy=pinned, max_retries=0
         )
         tasks[task.remote()] = f"{about['NodeManagerAddress']} ({about['NodeID'][:8]})"
@@ -160,17 +160,18 @@ def gpu_troubles() -> dict[str, str | None]:
     return {tasks[task]: _answer(task) for task in done}
 
 
-def _answer(task: Any) -> str | None:
+def _answer(task: Any) -> GpuLook:
     try:
-        found: str | None = ray.get(task)
+        found: GpuLook = ray.get(task)
     except ray.exceptions.RayError as error:
-        return f"cannot run a task: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return GpuLook(f"cannot run a task: {last}", mps=True)
     return found
 
 
 def check_gpus() -> None:
     """Raise if the GPUs of a node cannot be used: all trials there would fail, at once."""
-    wrong = [f"{name}: {trouble}" for name, trouble in gpu_troubles().items() if trouble]
+    wrong = [f"{name}: {look.trouble}" for name, look in gpu_looks().items() if look.trouble]
     if wrong:
         raise ConfigError(wrong, "GPU")
 

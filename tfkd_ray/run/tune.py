@@ -1,6 +1,7 @@
 """A sweep: a `ray.tune.Tuner` made of space, teachers, search and stopping."""
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -22,7 +23,7 @@ from sqlalchemy.exc import OperationalError
 
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.checkpoint import BEFORE, LAST
-from tfkd_ray.learn.config import TeacherRun, TrainConfig
+from tfkd_ray.learn.config import DRIVER, TeacherRun, TrainConfig
 from tfkd_ray.learn.dataset import forget_loaded, notes_on, seal_test_split
 from tfkd_ray.run.callbacks import (
     Budget,
@@ -47,6 +48,7 @@ from tfkd_ray.run.connect import (
     send_elsewhere,
 )  # fmt: skip
 from tfkd_ray.run.epochs import check_data_here
+from tfkd_ray.run.group import GroupLost, TrialFailed, teacher_epochs
 from tfkd_ray.run.nodes import check_gpus, check_shared
 from tfkd_ray.run.priors import prior_trials
 from tfkd_ray.run.searcher import (
@@ -538,9 +540,10 @@ def train_teachers(
     on_note: Say | None = None,
     on_epoch: OnTeacherEpoch | None = None,
 ) -> None:
-    """Train the missing teachers in parallel Ray tasks, each with one worker's resources.
+    """Train the missing teachers in parallel Ray tasks, as students are: each by as many workers.
 
-    This process takes weights from elsewhere: it may be the only one that sees their file. If a
+    This process copies weights from elsewhere: it may be the only one that sees their file; a task
+    with one worker's resources judges them. If a
     teacher fails, the others finish and are kept (`ray.cancel` of a task that just ended can end
     the driver, Ray 2.60); then TeacherFailed is raised, or `on_failure` called with the reason.
     `on_note` (default: standard error) gets a sentence if data have changed since a teacher was
@@ -557,11 +560,11 @@ def train_teachers(
         ):
             note(changed)
         if run.weights is not None:
-            if not teachers.is_trained(run, folder):
-                on_teacher(run, None)
-                on_teacher(run, teachers.train_teacher(run, folder))
+            if teachers.is_trained(run, folder):
+                teachers.check_source(run, folder)
+            else:
+                teachers.take_weights(run, folder)
                 teachers.upload(run, storage)
-            teachers.check_source(run, folder)
     tasks = []
     for run in runs:
         if not teachers.is_trained(run, folder):
@@ -588,10 +591,14 @@ def train_teachers(
 
 
 def _begun_teacher(run: TeacherRun, storage: Storage) -> Any:
-    """Return a task that trains a teacher with a worker's resources."""
-    need = run.worker_resources
+    """Return a task that trains a teacher with a worker's resources, or by a group of workers."""
+    need = run.worker_resources if run.workers == 1 else {"CPU": 0.0, DRIVER: 0.01}
     task = ray.remote(_teacher_task).options(
-        num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
+        num_cpus=need.pop("CPU"),
+        num_gpus=need.pop("GPU", 0),
+        resources=need,
+        max_retries=2,
+        retry_exceptions=[GroupLost],
     )
     return task.remote(run, storage, own_code.here())
 
@@ -604,7 +611,11 @@ def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> Tr
     teachers.fetch_teacher(run, storage)
     on_saved = storage.on_saved(teachers.teacher_folder(run, storage.folder))
     tell = teachers.progress_teller(run, storage)
-    about = teachers.train_teacher(run, storage.folder, on_epoch=tell, on_saved=on_saved)
+    in_group = functools.partial(teacher_epochs, run, storage) if run.workers > 1 else None
+    try:
+        about = teachers.train_teacher(run, storage.folder, tell, on_saved, in_group)
+    except TrialFailed as error:  # which no other process can unpickle
+        raise TeacherFailed(str(error)) from None
     teachers.upload(run, storage)
     return about
 

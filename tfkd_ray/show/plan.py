@@ -559,6 +559,7 @@ def resident_bytes(config: TrainConfig) -> int:
     """
     from tfkd_ray.learn.features import numbers_of
     from tfkd_ray.learn.soft_labels import fits
+    from tfkd_ray.learn.top_labels import COLUMNS
 
     sets = [found for found in config.data.load() if found is not None]
     labelled = sum(map(len, sets))
@@ -567,7 +568,8 @@ def resident_bytes(config: TrainConfig) -> int:
     if not any(config.banks):
         return images
     count = labelled + len(sets[0]) * unlabelled_ratio(config)
-    labels = 2 * round(count) * config.data.num_classes * sum(config.banks)
+    widths = {"online": 0, "bank": config.data.num_classes, "top50": COLUMNS}
+    labels = 2 * round(count) * sum(widths[kind] for kind in config.label_kinds)
     layers = numbers_of(config.ready_objective().teacher_layers)
     return images + labels + (2 * len(sets[0]) * layers if fits(len(sets[0]), layers) else 0)
 
