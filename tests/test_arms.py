@@ -213,6 +213,7 @@ def written_sweep(tmp_path: Path, metric: str = "val_accuracy", **more: Any) -> 
     return tmp_path / "s"
 
 
+@pytest.mark.slow
 def test_the_arms_of_a_sweep_are_its_best_and_what_they_must_beat(sweep: Path) -> None:
     compared = arms_of(sweep, top_k=3)
     assert [(a.name, a.part) for a in compared.arms] == [

@@ -78,6 +78,7 @@ def test_float_images_are_seen_alike(images: torch.Tensor) -> None:
     assert PAPER(images.float(), view).equal(PAPER(images, view).float())
 
 
+@pytest.mark.slow
 def test_training_sees_other_views_in_other_epochs_and_resumes_to_the_bit() -> None:
     config = TrainConfig(
         objective=CrossEntropy(), epochs=3, augment=Augment(crop_padding=1, rotation_degrees=10)

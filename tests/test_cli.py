@@ -226,6 +226,7 @@ def test_a_finished_grid_is_not_told_to_add_trials(
         assert "tfkd report" in out and ("--add-trials" in out) == asked
 
 
+@pytest.mark.slow
 def test_check_keeps_to_80_columns_and_breaks_no_word(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -768,6 +769,7 @@ def test_check_warns_of_a_setting_that_does_nothing(
     assert "note: on this machine data cifar100: not found" in out
 
 
+@pytest.mark.slow
 def test_check_and_explain_read_arms_files_too(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -790,6 +792,7 @@ def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "this is the limit of 20 seeds" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -942,6 +945,7 @@ def begun(folder: Path, ago_s: float) -> None:
     os.utime(folder / "experiment.yaml", (when, when))
 
 
+@pytest.mark.slow
 def test_an_experiment_is_named_without_its_directory_and_the_newest_by_no_name(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

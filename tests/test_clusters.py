@@ -1201,6 +1201,7 @@ PLACED = {
 FILES = {"tune": "file", "resume": "space", "confirm": "file", "train": "file", "doctor": "space"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("verb", PLACED, ids="-".join)
 def test_a_job_gets_every_option_of_its_verb_but_those_that_place_it(

@@ -416,6 +416,7 @@ def test_a_recipe_by_name_is_whole_and_settings_override_it(data: str, recipe: s
     assert other.optim.name == "muon" and other.optim.batch_size == config.optim.batch_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["patient", "deit", "fast"])
 def test_a_recipe_by_name_trains(recipe: str, tmp_path: Path) -> None:
     write_cifar(tmp_path, Cifar10, pickled(Cifar10), archive=False)

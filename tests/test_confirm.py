@@ -387,11 +387,13 @@ GOOD = [0.95, 0.952, 0.951, 0.949, 0.953]
 FAIR = [0.90, 0.903, 0.899, 0.901, 0.904]
 
 
+@pytest.mark.slow
 def test_an_arm_that_beats_every_baseline_is_better(tmp_path: Path) -> None:
     (found,) = outcome_of(tmp_path, {"ce": FAIR, "lsr": FAIR[::-1], "reg": GOOD})["verdicts"]
     assert found["verdict"] == "better" and "reg is better than every baseline" in found["sentence"]
 
 
+@pytest.mark.slow
 def test_every_line_of_an_outcome_fits_80_columns_whatever_the_file_and_the_data_are(
     tmp_path: Path,
 ) -> None:
@@ -406,6 +408,7 @@ def test_every_line_of_an_outcome_fits_80_columns_whatever_the_file_and_the_data
         assert sentence.strip() in text
 
 
+@pytest.mark.slow
 def test_equal_runs_have_no_interval_in_the_table(tmp_path: Path) -> None:
     lines = outcome_table(outcome_of(tmp_path, {"ce": [0.9] * 5, "lsr": FAIR, "reg": GOOD}))
     row = next(line for line in lines if line.startswith("ce "))
@@ -428,6 +431,7 @@ def test_nothing_is_better_where_a_baseline_diverged(tmp_path: Path) -> None:
     assert found["verdict"] == "cannot tell" and "baseline lsr diverged" in found["sentence"]
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_is_judged_by_it(tmp_path: Path) -> None:
     values = {"ce": FAIR, "lsr": FAIR[::-1], "reg": [*GOOD[:4], None]}
     (found,) = outcome_of(tmp_path, values, reason="Diverged: train_loss is nan")["verdicts"]

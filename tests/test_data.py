@@ -839,6 +839,7 @@ def test_tiny_imagenet_is_read_to_the_pixel(tmp_path: Path, below: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_decoded_images_are_kept_until_a_file_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

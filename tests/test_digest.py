@@ -100,6 +100,7 @@ def test_every_byte_and_every_label_counts() -> None:
     assert len(digests) == 18 and digest_of(images()) == digest_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "shape"),
     [(9000, (1, 8, 8)), (9000, (1, 28, 28)), (6000, (1, 1, 509)), (1500, (3, 32, 32)), (40, (3, 160, 160)), (9, (1, 1, 1))],

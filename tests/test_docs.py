@@ -38,6 +38,7 @@ def blocks(page: str, language: str) -> list[str]:
 # --- generated
 
 
+@pytest.mark.slow
 def test_the_generated_pages_are_what_the_code_says_now() -> None:
     for path, text in runpy.run_path(str(DOCS / "api.py"))["pages"]().items():
         assert path.read_text() == text, f"{path.name} is out of date: python docs/api.py"

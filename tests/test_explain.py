@@ -327,6 +327,7 @@ def test_settings_that_are_one_knob_are_warned_of() -> None:
     assert warnings_of(space({"name": "tfkd_reg", "temperature": 4, **both})) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SPACES, ids=lambda p: p.stem)
 def test_reports_of_shipped_spaces_fit_and_name_every_searched_setting(path: Path) -> None:
     shipped = load_space(path)
@@ -349,6 +350,7 @@ def test_no_setting_of_the_shipped_digits_space_is_wasted() -> None:
     assert warnings_of(load_space(DIGITS)) == []
 
 
+@pytest.mark.slow
 def test_a_long_list_of_choices_is_cut_to_fit() -> None:
     scale = {"low": 1e-5, "high": 0.999999, "log": True}
     tree = {

@@ -264,6 +264,7 @@ def test_no_place_on_this_machine_is_in_a_graph(tmp_path: Path, storage: Path, f
     ]
 
 
+@pytest.mark.slow
 def test_all_or_nothing_is_written(
     tmp_path: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +285,7 @@ def test_all_or_nothing_is_written(
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place_and_nothing_else(
     tmp_path: Path, storage: Path
 ) -> None:
@@ -311,12 +313,14 @@ def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place_and_
 # --- networks that are not ours --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_own_network_with_a_dict_of_logits_is_exported(tmp_path: Path) -> None:
     run_of(tmp_path / "run", {"student": "test_export:wrapped", "epochs": 1})
     result = export(tmp_path / "run", tmp_path / "out")
     assert not result["problems"] and result["differences"][GRAPH]["largest"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_sweep_with_own_code_is_exported_from_any_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +363,7 @@ def test_a_network_of_timm_is_exported(tmp_path: Path) -> None:
     assert all(d["largest"] < 1e-4 * d["scale"] for d in result["differences"].values())
 
 
+@pytest.mark.slow
 def test_without_a_graph_the_weights_are_there_and_the_card_says_why(tmp_path: Path) -> None:
     run_of(tmp_path / "run", {"student": "test_export:branching", "epochs": 1})
     result = export(tmp_path / "run", tmp_path / "out", onnx=True)
@@ -372,6 +377,7 @@ def test_without_a_graph_the_weights_are_there_and_the_card_says_why(tmp_path: P
     assert "torch.export.load" not in card and is_whole(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     run_of(tmp_path / "run", {"student": "test_export:noisy", "epochs": 1})
     with pytest.raises(
@@ -391,6 +397,7 @@ def card_of(source: Path, out: Path, **which: Any) -> tuple[str, str]:
     return name, " ".join((out / "README.md").read_text().split())
 
 
+@pytest.mark.slow
 def test_of_a_sweep_the_best_trial_is_taken_and_the_card_says_of_how_many(
     tmp_path: Path, storage: Path
 ) -> None:
@@ -410,6 +417,7 @@ def test_of_a_sweep_the_best_trial_is_taken_and_the_card_says_of_how_many(
     )
 
 
+@pytest.mark.slow
 def test_the_card_has_the_verdict_on_the_trials_configuration(
     tmp_path: Path, storage: Path
 ) -> None:
@@ -422,6 +430,7 @@ def test_the_card_has_the_verdict_on_the_trials_configuration(
     assert "These weights were not judged" in card and "Not confirmed" not in card
 
 
+@pytest.mark.slow
 def test_the_card_names_the_teacher_and_what_is_known_of_it(tmp_path: Path, storage: Path) -> None:
     _, card = card_of(storage / "sweep", tmp_path / "out")
     run = validated(TrainConfig, read_yaml(tmp_path / "out/config.yaml")).teacher_run()
@@ -431,6 +440,7 @@ def test_the_card_names_the_teacher_and_what_is_known_of_it(tmp_path: Path, stor
     assert f"val_accuracy: {about['metrics']['val_accuracy']:.4f}" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [LOOP_VERSION, 2])
 def test_the_card_describes_a_teacher_of_before_data_had_digests(
     tmp_path: Path, storage: Path, loop: int
@@ -451,6 +461,7 @@ def test_the_card_describes_a_teacher_of_before_data_had_digests(
     assert about["sha256"] in card
 
 
+@pytest.mark.slow
 def test_another_trial_is_picked_by_hand_and_not_confirmed(tmp_path: Path, storage: Path) -> None:
     name, card = card_of(storage / "sweep/trials/t0000-lsr", tmp_path / "out")
     assert (
@@ -461,6 +472,7 @@ def test_another_trial_is_picked_by_hand_and_not_confirmed(tmp_path: Path, stora
     assert NOT_CONFIRMED in card
 
 
+@pytest.mark.slow
 def test_a_run_of_a_comparison_is_the_best_candidates_first_seed(
     tmp_path: Path, storage: Path
 ) -> None:
@@ -518,6 +530,7 @@ def test_of_a_comparison_by_nll_the_least_mean_is_best_and_nan_never_is() -> Non
     assert chosen._best_arm(result, score_of("val_accuracy")) == "b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_folder", [False, True], ids=["--arm --seed", "the trial's folder"])
 def test_an_arm_and_a_seed_can_be_asked_for(tmp_path: Path, storage: Path, by_folder: bool) -> None:
     asked = {} if by_folder else {"arm": "ce", "seed": 2}
@@ -531,6 +544,7 @@ def test_an_arm_and_a_seed_can_be_asked_for(tmp_path: Path, storage: Path, by_fo
     )
 
 
+@pytest.mark.slow
 def test_the_front_matter_names_a_licence_or_that_there_is_none(
     tmp_path: Path, storage: Path
 ) -> None:
@@ -547,6 +561,7 @@ def test_the_front_matter_names_a_licence_or_that_there_is_none(
         assert found["pipeline_tag"] == "image-classification" and "ce" in found["tags"]
 
 
+@pytest.mark.slow
 def test_weights_of_another_release_are_exported_with_a_word(tmp_path: Path, storage: Path) -> None:
     shutil.copytree(storage / "run", tmp_path / "run")
     tree = read_yaml(tmp_path / "run/config.yaml")
@@ -564,6 +579,7 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_sha256sum_finds_what_was_changed(tmp_path: Path, storage: Path) -> None:
     export(storage / "run", tmp_path / "out")
     assert is_whole(tmp_path / "out")

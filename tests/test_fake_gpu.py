@@ -94,6 +94,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective, labels, precision, data",
     CASES,
@@ -126,6 +127,7 @@ INGREDIENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", INGREDIENTS.values(), ids=INGREDIENTS)
 def test_no_ingredient_of_a_recipe_waits_for_the_device(
     settings: dict[str, Any], tmp_path: Path

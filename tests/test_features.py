@@ -373,6 +373,7 @@ def test_two_workers_agree_with_one_on_a_projector(
 # --- the teacher's layers: from the bank, or the teacher itself
 
 
+@pytest.mark.slow
 def test_the_bank_holds_the_teachers_layers_and_they_are_those_of_the_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +419,7 @@ def test_layers_too_large_for_the_bank_are_asked_of_the_teacher_which_is_said_on
     assert all(same(one.state(), online.state()) for one in ended)
 
 
+@pytest.mark.slow
 def test_layers_for_which_the_disk_has_no_room_are_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,6 +586,7 @@ def test_the_weight_of_ce_is_known_of_a_class_on_layers() -> None:
 # --- the example
 
 
+@pytest.mark.slow
 def test_the_losses_of_the_example_train_and_search_what_they_say(tmp_path: Path) -> None:
     changes = ["epochs=1", "data.subset=300", "teacher.epochs=1"]
     space = load_space(ROOT / "examples/feature_losses.yaml", changes)

@@ -221,6 +221,7 @@ def ends(searcher: OptunaSearcher) -> dict[str, tuple[str, tuple[float, ...] | N
 STOPPINGS = ("none", "halving", "pausing", "hyperband", {"name": "median", "startup": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopping", STOPPINGS, ids=str)
 def test_the_best_two_of_each_objective_get_three_seeds_of_full_length_and_change_no_proposal(
     tmp_path: Path, stopping: Any
@@ -280,6 +281,7 @@ def test_with_many_slots_no_seed_runs_before_all_trials_of_its_objective_have_en
     assert len(driver.further) >= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopping", ["halving", "pausing"])
 def test_a_driver_that_dies_at_any_moment_changes_no_finalist_and_no_value(
     tmp_path: Path, stopping: str
@@ -309,6 +311,7 @@ def test_a_journal_cut_after_any_line_of_the_further_seeds_goes_on_to_the_same_e
         assert ends(Driver(journal, at).run().searcher) == expected, k
 
 
+@pytest.mark.slow
 def test_more_trials_bring_new_finalists_and_leave_those_that_there_are(tmp_path: Path) -> None:
     first = Driver(tmp_path / "j", space(stopping="none", num_samples=4)).run()
     before = ends(first.searcher)

@@ -51,6 +51,7 @@ def ask(
     return answer.status, dict(answer.getheaders()), text
 
 
+@pytest.mark.slow
 def test_it_serves_the_page_and_the_part_of_it_that_changes(server: ThreadingHTTPServer) -> None:
     code, headers, whole = ask(server, "/")
     assert code == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
@@ -130,6 +131,7 @@ def end_of(experiment: Path, number: int, status: str) -> None:
     (folder / "trial.json").write_text(json.dumps({**about, "status": status}))
 
 
+@pytest.mark.slow
 def test_news_is_shown_and_the_end_of_the_sweep_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_news_is_shown_and_the_end_of_the_sweep_said(
     assert "after tfkd resume e this page follows it again" in report.changing()
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_made_is_said_and_tried_again(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -290,6 +290,7 @@ def test_train_on_a_search_space_says_what_to_do_instead(
 # --- spaces and init
 
 
+@pytest.mark.slow
 def test_spaces_lists_every_file_that_ships_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     found = {space.name: space for space in shipped_spaces()}
     assert sorted(found) == sorted(shipped_files("search_spaces"))
@@ -319,6 +320,7 @@ def test_spaces_lists_every_file_that_ships_as_it_is(capsys: pytest.CaptureFixtu
     assert "    Does teacher-free distillation help a small network on real digits?\n" in out
 
 
+@pytest.mark.slow
 def test_spaces_fits_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,6 +583,7 @@ def test_plan_says_in_words_what_a_sweep_does(capsys: pytest.CaptureFixture[str]
 # --- commands that are printed
 
 
+@pytest.mark.slow
 def test_commands_that_are_printed_can_be_pasted(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,6 +278,7 @@ def test_torchvisions_weights_are_checked_without_a_download(hub: Path) -> None:
             load_beginning(weights, network, student, there, 10, download=False)
 
 
+@pytest.mark.slow
 def test_weights_that_were_trained_on_other_statistics_are_noted() -> None:
     data = {"name": "own", "path": f"{__name__}:striped", "num_classes": 2, "shape": [3, 224, 224]}
     run = {"data": {**data, "mean": [128] * 3, "std": [64] * 3}, "student": "convnext_tiny"}
@@ -768,6 +769,7 @@ def test_new_networks_train_a_step_at_each_size(network: Network, side: int) -> 
     assert sum(not before[key].equal(value) for key, value in student.state_dict().items()) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side, patch", [(32, 4), (64, 8), (224, 16)])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
 def test_those_of_timm_train_a_step_at_each_size(name: str, side: int, patch: int) -> None:

@@ -57,6 +57,7 @@ def test_every_module_is_in_one_of_nine_folders() -> None:
     assert {module.partition("/")[0] for module in MODULES} == set(FOLDERS)
 
 
+@pytest.mark.slow
 def test_imports_point_down() -> None:
     up = [
         f"{module} imports {name}"

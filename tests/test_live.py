@@ -340,6 +340,7 @@ def test_what_earlier_sessions_did_counts_and_a_retried_trial_counts_once(tmp_pa
     assert progress.lines(80, 24)[0].startswith("e: 46 of 48 trials, 1 running, 0:00")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, height", [(20, 8), (80, 24), (200, 50)])
 @pytest.mark.parametrize("rungs", ["halving", "many"])
 def test_on_a_terminal_it_is_one_screen(

@@ -95,6 +95,7 @@ def plain(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     return Net()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", [{"name": "cnn", "widths": [16, 32]}, f"{__name__}:plain"])
 def test_bfloat16_changes_the_arithmetic_and_not_the_outcome(student: Any) -> None:
     found = {}
@@ -227,6 +228,7 @@ def test_a_run_whose_loss_explodes_without_becoming_infinite_is_told_once(
     assert not heard
 
 
+@pytest.mark.slow
 def test_a_head_that_starts_at_zero_learns_from_standardised_logits_and_relations() -> None:
     teacher = Mlp(hidden=(32,))
     made = teacher.build((1, 8, 8), 10)

@@ -151,6 +151,7 @@ def test_shares_have_the_beta_distribution_and_a_coin_decides_between_both() -> 
 # --- partners
 
 
+@pytest.mark.slow
 def test_each_image_of_the_split_is_the_partner_of_one_other() -> None:
     split = split_of([3, 50, 7, 21, 22, 40, 59, 0])
     partners = [drawn_mix(split, (8, 12), 0, epoch, 0.2, 0).partner for epoch in range(30)]
@@ -306,6 +307,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(augment: dict[str, An
     assert same(rest[-1].state(), whole[-1].state())
 
 
+@pytest.mark.slow
 @every
 def test_training_from_the_bank_is_training_with_the_teacher_in_every_step(
     augment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -205,6 +205,7 @@ def test_large_images_keep_the_network_of_torchvision(
     assert count(network(), (3, 224, 224), 1000) == parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network, small, large",
     [

@@ -67,6 +67,7 @@ def test_the_table_of_alphabets_is_the_papers() -> None:
     assert Omniglot(root=Path("nowhere")).num_classes == 242
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [105, 28])
 def test_drawings_are_read_to_the_pixel_and_split_by_drawer(folder: Path, side: int) -> None:
     data = tagalog(folder, side=side)
@@ -120,6 +121,7 @@ def test_zips_and_torchvisions_folder_give_the_same(
     assert data.pinned().digest == before.pinned().digest
 
 
+@pytest.mark.slow
 def test_a_class_of_both_small_sets_is_one_if_its_files_are_the_same(tmp_path: Path) -> None:
     for name in SMALL:
         write_drawings(tmp_path, name, ["Greek"])
@@ -223,6 +225,7 @@ def test_missing_sets_and_unknown_alphabets_get_a_sentence(folder: Path) -> None
         Omniglot(root=folder, alphabets=("Tagalgo",))
 
 
+@pytest.mark.slow
 def test_the_cache_knows_sets_alphabets_and_size_apart(tmp_path: Path) -> None:
     write_drawings(tmp_path, SMALL[1], ["Tagalog", "Latin"])
     zipped(tmp_path / SMALL[1], tmp_path / f"{SMALL[1]}.zip")
@@ -275,6 +278,7 @@ def bench() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "omniglot.py")))
 
 
+@pytest.mark.slow
 def test_every_arm_that_the_papers_claims_compare_is_in_a_comparison(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_arms_of_patient_are_found_by_their_objective(said: ModuleType, tmp_
     assert "patient-kd" in text and "patient KD beats tuned ce on its recipe" in text
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_the_curve_of_poor_teachers_is_drawn_over_their_test_accuracy(
     said: ModuleType, tmp_path: Path

@@ -355,6 +355,7 @@ def test_the_arguments_of_a_loop_are_searched_as_real_numbers(loops: Path) -> No
     assert build_space(space.tree).parameters == space.parameters
 
 
+@pytest.mark.slow
 def test_code_that_has_changed_refuses_to_go_on_and_is_told_by_confirm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -501,6 +501,7 @@ def test_the_weight_of_ce_is_known_of_a_class_whose_first_term_is_ce(
 # --- the example
 
 
+@pytest.mark.slow
 def test_the_losses_of_the_example_train_and_search_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,6 +536,7 @@ OF_A_SWEEP = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OF_A_SWEEP.values(), ids=OF_A_SWEEP)
 def test_what_is_read_and_confirmed_of_a_sweep_has_the_name_of_the_function(
     losses: Path, tmp_path: Path, objective: dict[str, Any]
@@ -558,6 +560,7 @@ def test_what_is_read_and_confirmed_of_a_sweep_has_the_name_of_the_function(
     assert f"losses_of_mine:{name}, your own code, which a report does not run" in page.read_text()
 
 
+@pytest.mark.slow
 def test_code_that_has_changed_since_the_sweep_is_told_by_confirm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

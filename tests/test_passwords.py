@@ -250,6 +250,7 @@ def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [

@@ -304,6 +304,7 @@ def test_a_search_pauses_promotes_and_ends_with_every_objective_of_full_length(
     assert driver.searcher.paused() == set() and driver.searcher.next_action().what == "end"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", long_after(1, ["tpe", "random"]))
 def test_a_driver_that_dies_at_any_moment_changes_no_trial(tmp_path: Path, sampler: str) -> None:
     at = space(num_samples=10, sampler=sampler)
@@ -319,6 +320,7 @@ def test_a_driver_that_dies_at_any_moment_changes_no_trial(tmp_path: Path, sampl
         assert ends(resumed.searcher) == expected, k
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_what_a_search_remembers_of_its_rungs_is_what_its_study_holds(tmp_path: Path) -> None:
     driver = Driver(tmp_path / "journal", space(), Counter())

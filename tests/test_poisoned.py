@@ -125,6 +125,7 @@ def commands(verb: str, storage: Path, out: Path) -> Iterator[list[str]]:
         yield [*verb.split(), *options, *([one] if one else []), *others, *tail]
 
 
+@pytest.mark.slow
 def test_every_verb_and_every_argument_is_in_the_table(tmp_path: Path) -> None:
     for verb in VERBS:
         for argv in commands(verb, tmp_path, tmp_path / "out"):
@@ -329,6 +330,7 @@ READERS = {
 """A verb that reads each file. The other places are folders, a lock, and what only runs read."""
 
 
+@pytest.mark.slow
 def test_the_files_of_the_table_are_read_by_a_verb(
     storage: Path, tmp_path: Path, answer: Answer
 ) -> None:
@@ -437,6 +439,7 @@ def evil(storage: Path) -> Path:
     return storage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_steers_the_terminal(verb: str, evil: Path, tmp_path: Path, answer: Answer) -> None:
     given = [*commands(verb, evil, tmp_path / "out")]
@@ -649,6 +652,7 @@ def test_report_replaces_nothing_but_a_file(
     assert not victim.exists() or victim.read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_report_goes_where_a_stream_is_meant(storage: Path, tmp_path: Path, answer: Answer) -> None:
     sweep = str(storage / "sweep")
     page = answer(["report", sweep, "-o", "/dev/stdout"])

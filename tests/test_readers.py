@@ -158,6 +158,7 @@ SIGNS = tuple("=+-@\uff1d\uff20\u2212\u207b")  # with which a formula begins
 LONG = {"escape": "\x1b", "private use": "\ue000", "kinds": "\ue000\x1b\u200b\x9b", "lines": "\n", "accents": "a\u0301"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_people_read(
     small: Path, text: str

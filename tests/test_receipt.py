@@ -120,6 +120,7 @@ def test_early_stopping_that_was_not_safe_is_said_and_what_to_set(
         assert fidelity_warnings(s, records[:7]) == []  # too few to decide
 
 
+@pytest.mark.slow
 def test_a_correlation_over_survivors_is_corrected_for_their_selection() -> None:
     """Values with a correlation of 0.8; only the best sixth at the rung have a final value: 0.4."""
     found = []

@@ -31,6 +31,7 @@ def replays() -> Iterator[Any]:
     tfkd_ray.run.searcher.open_journal = before  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_a_table_is_small_and_holds_whole_curves(replays: Any) -> None:
     assert (ROOT / "benchmarks" / "curves-digits.npz").stat().st_size < 2e6
     table = replays.table

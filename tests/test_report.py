@@ -145,6 +145,7 @@ def grid_value(t: float, alpha: float) -> float:
 # --- the page
 
 
+@pytest.mark.slow
 def test_the_page_reads_nothing_from_elsewhere(page: str) -> None:
     assert not re.findall(
         r"""(?i)(?:src|href)\s*=\s*["']?(?!#)[^"'>\s]+|@import|url\(|<link|<iframe|<object""", page
@@ -185,6 +186,7 @@ def test_the_receipt_adds_up(sweep: Path, page: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_importance_finds_the_setting_that_was_made_to_matter(sweep: Path) -> None:
     found = figures.importance_section(figures.read_sweep(sweep, read_plan(sweep)))
     assert len(found.panels) == 4
@@ -214,6 +216,7 @@ def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
     assert "Temperature against alpha" not in text and "<h3>Slices" in text
 
 
+@pytest.mark.slow
 def test_a_grid_of_temperature_and_alpha_is_a_heat_map_with_its_numbers(tmp_path: Path) -> None:
     experiment = make_grid(tmp_path / "e")
     written = report(experiment, tmp_path / "r.html", figures=tmp_path / "f")
@@ -233,6 +236,7 @@ def test_a_grid_of_temperature_and_alpha_is_a_heat_map_with_its_numbers(tmp_path
     assert "Fewer than" not in page and "Too few to tell" not in page
 
 
+@pytest.mark.slow
 def test_a_combination_that_was_stopped_shows_its_rung_in_brackets_and_is_never_the_best(
     tmp_path: Path,
 ) -> None:
@@ -286,6 +290,7 @@ def test_latex_gets_no_command_from_a_file() -> None:
     assert r"my\_arg & \#1 & \textasciitilde{}\textasciicircum{}" in text
 
 
+@pytest.mark.slow
 def test_stopped_trials_are_drawn_hollow_at_the_value_of_their_last_rung(tmp_path: Path) -> None:
     make_sweep(tmp_path / "e", 24)
     sweep = figures.read_sweep(tmp_path / "e", read_plan(tmp_path / "e"))
@@ -315,6 +320,7 @@ def test_a_trial_between_rungs_is_drawn_at_the_last_one(tmp_path: Path, status: 
     assert np.isnan(sweep.shown(young)[1]) and sweep.shown(older) == (2, pytest.approx(20.0))
 
 
+@pytest.mark.slow
 def test_trials_of_an_earlier_space_are_in_the_table_and_in_no_model(tmp_path: Path) -> None:
     make_sweep(tmp_path / "e", 24)
     lacking, outside = "objective.tfkd_reg.temperature", {"objective.tfkd_reg.alpha": 3.0}
@@ -458,6 +464,7 @@ def test_an_experiment_with_nothing_to_judge_has_a_report(tmp_path: Path, left: 
     assert "No trial of full length yet" in without_plotly(tmp_path / "r.html")
 
 
+@pytest.mark.slow
 def test_wrong_input_is_refused_before_anything_is_written(
     sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +512,7 @@ def test_a_comparison_has_a_report_of_its_own(comparison: Path, tmp_path: Path) 
         assert f'<td class="short" data-label="test accuracy, %">{mean:.2f}</td>' in text
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_not_judged_says_so(comparison: Path, tmp_path: Path) -> None:
     shutil.copytree(comparison, tmp_path / "c")
     (tmp_path / "c" / "confirm.json").unlink()

@@ -27,6 +27,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     assert read == value and type(read) is type(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, message",
     [

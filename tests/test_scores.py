@@ -258,6 +258,7 @@ def test_nan_is_never_best_and_of_equals_the_first_is(metric: str) -> None:
     assert ranked(range(8), metric, values.__getitem__) == order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", SELECTABLE)
 def test_search_readers_live_view_report_and_arms_name_the_same_best_trial(
     metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -338,6 +339,7 @@ def test_a_front_is_a_table_whose_columns_are_as_wide_as_their_names() -> None:
 # --- chosen by and judged by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", AT_ONCE)
 def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_path: Path) -> None:
     directory = make_comparison(tmp_path / "c", metric=metric)

@@ -385,6 +385,7 @@ def test_an_epoch_that_is_no_number_counts_as_missing(journal: Path, epoch: Any)
     assert stops == [False, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [2**31, 2**63, 1e300])
 def test_an_epoch_that_a_database_cannot_hold_ends_no_sweep(tmp_path: Path, epoch: float) -> None:
     searcher = OptunaSearcher(

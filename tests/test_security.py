@@ -72,6 +72,7 @@ def keywords(call: ast.Call) -> dict[str | None, str]:
     return {k.arg: ast.unparse(k.value) for k in call.keywords}
 
 
+@pytest.mark.slow
 def test_torch_loads_tensors_and_plain_values_only() -> None:
     loads = [(module, call) for module, name, call in calls() if name == "torch.load"]
     assert {module for module, _ in loads} == {"learn/checkpoint", "learn/weights"}
@@ -325,6 +326,7 @@ def test_reading_a_poisoned_experiment_runs_nothing(
     assert "student.safetensors" in made["files"] and not boom.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["experiment.yaml", "confirm.yaml"])
 def test_a_yaml_file_that_asks_for_code_is_refused(
     poisoned: tuple[Path, Path], name: str, capsys: pytest.CaptureFixture[str]

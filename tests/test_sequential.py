@@ -51,6 +51,7 @@ def test_one_look_has_the_whole_level() -> None:
         assert nominal_levels(level, SeedPlan(7, 7)) == pytest.approx([level], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.05, 0.05 / 3])
 def test_all_looks_together_have_the_level_and_spend_it_as_stated(level: float) -> None:
     rng = np.random.default_rng(0)
@@ -148,6 +149,7 @@ def test_false_discoveries_are_rare_intervals_cover_and_seeds_are_saved(k: int, 
     assert rates.seeds < 0.85
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_left_out_of_its_pairs() -> None:
     whole = leads(np.random.default_rng(3), 40, 1, 1, 0.004)
     holes = whole.copy()
@@ -278,6 +280,7 @@ def test_no_test_figure_is_written_before_the_sequence_has_ended(comparison: Pat
         assert (trials_folder(comparison) / run.name / LOGITS).is_file()
 
 
+@pytest.mark.slow
 def test_a_sequence_that_is_settled_early_ends_there(
     comparison: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def is_of_torch(name: str) -> bool:
     return name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-"))
 
 
+@pytest.mark.slow
 def test_the_sizes_that_make_names_are_those_of_the_packages() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for_sweeps = needed(project["dependencies"])

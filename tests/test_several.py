@@ -35,6 +35,7 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_the_best_of_each_objective_and_sweep_is_named_best_first(sweeps: list[Path]) -> None:
     several = read_several(sweeps)
     _, *rows = best_rows(several)
@@ -103,6 +104,7 @@ def test_one_table_lists_the_trials_of_several_experiments(sweeps: list[Path]) -
     assert not trials_table(first).startswith("experiment")
 
 
+@pytest.mark.slow
 def test_a_page_of_several_sweeps_has_all_their_trials(sweeps: list[Path], tmp_path: Path) -> None:
     written = report(sweeps[0], tmp_path / "r.html", others=sweeps[1:], figures=tmp_path / "f")
     assert [path.name for path in written] == ["r.html", "best-curves.svg"]
@@ -113,6 +115,7 @@ def test_a_page_of_several_sweeps_has_all_their_trials(sweeps: list[Path], tmp_p
     assert '"long: t0003-lsr"' in page
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_side_by_side_is_refused(sweeps: list[Path], tmp_path: Path) -> None:
     comparison = make_comparison(tmp_path / "arms")
     with pytest.raises(

@@ -214,6 +214,7 @@ def test_two_workers_agree_with_one_on_two_teachers(
         assert b == pytest.approx(a, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_teachers_from_the_bank_are_those_that_run_in_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +437,7 @@ def test_the_command_line_reaches_one_of_several_teachers(key: str) -> None:
     assert validated(TrainConfig, tree).shares == (0.25, 0.75)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_every_teacher() -> None:
     space = build_space({**SPACE, "teacher": [SMALL, {**CNN, "epochs": 4}]})
     assert plan(space).teacher_epochs == 5

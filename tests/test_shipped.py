@@ -66,6 +66,7 @@ def scaled_down(path: Path, place: Path) -> Space:
     return build_space(tree, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_space_trains(path: Path, tmp_path: Path) -> None:
     shipped = load_space(path)

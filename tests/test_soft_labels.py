@@ -62,6 +62,7 @@ def config(labels: str, **changes: Any) -> TrainConfig:
     return validated(TrainConfig, tree)
 
 
+@pytest.mark.slow
 def test_three_epochs_from_the_bank_are_those_of_a_teacher_in_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_three_epochs_from_the_bank_are_those_of_a_teacher_in_every_step(
     assert any(not ours[k].equal(v) for k, v in theirs.items())  # it is not the same code
 
 
+@pytest.mark.slow
 def test_the_logits_of_a_view_are_the_teachers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +102,7 @@ def test_the_logits_of_a_view_are_the_teachers(
     assert len(found) == 4 and max(found) < 2**-7
 
 
+@pytest.mark.slow
 def test_a_second_trial_asks_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = config("bank")
@@ -174,6 +177,7 @@ def test_logits_that_are_no_numbers_are_refused_when_a_view_is_filled(
         bank(tmp_path).logits({}, N, K, lambda network, index: LOGITS[index] + float(bad))
 
 
+@pytest.mark.slow
 def test_a_teacher_with_logits_of_a_million_teaches_from_the_bank_as_it_does_online(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +310,7 @@ def scaled(shape: tuple[int, int, int], num_classes: int, scale: float) -> nn.Mo
     return network
 
 
+@pytest.mark.slow
 def test_two_teachers_with_the_same_weights_share_no_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +444,7 @@ def test_where_there_is_no_room_the_teacher_is_asked_and_that_is_said_once(
         bank(tmp_path / "c").logits({"epoch": 1}, N, K, counted)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_a_view_is_written_fails_no_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

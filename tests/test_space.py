@@ -714,6 +714,7 @@ def test_what_is_proposed_of_a_huge_range_is_inside_and_is_what_the_study_keeps(
         searcher.on_trial_complete(f"id{k}", {"epoch": 9, "val_accuracy": 0.5 + k / 100})
 
 
+@pytest.mark.slow
 def test_teachers_are_those_of_what_they_depend_on() -> None:
     """A million combinations of settings that teachers ignore: two teachers."""
     many = {"choices": list(range(1, 101))}

@@ -440,6 +440,7 @@ def test_figures_are_small_images(tmp_path: Path, space: Space) -> None:
     assert not events.Runs()["t0001-ce"]["images"]  # hard labels only
 
 
+@pytest.mark.slow
 def test_a_report_costs_less_than_two_milliseconds(tmp_path: Path, space: Space) -> None:
     callback, t = TensorBoard(tmp_path, space), trial(tmp_path, 0, "lsr")
     callback.on_trial_start(0, [], t)

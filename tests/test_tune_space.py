@@ -104,6 +104,7 @@ def test_a_domain_on_a_log_scale_is_searched_on_it(tmp_path: Path, name: str) ->
     assert 15 <= sum(v < half for v in found) <= 45
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random", "cmaes"])
 def test_every_sampler_searches_a_plain_dictionary(tmp_path: Path, sampler: str) -> None:
     given = {"x": tune.quniform(0, 1, 0.125), "deep": {"y": tune.loguniform(1e-3, 1)}}

@@ -162,6 +162,7 @@ def softmax(z: list[float], temperature: float) -> list[float]:
     return [x / sum(top) for x in top]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 1, 4])
 def test_the_loss_is_that_of_the_labelled_images_and_the_mean_kd_of_the_others(
     ratio: float, in_float64: None
@@ -305,6 +306,7 @@ def test_batchnorm_has_the_statistics_of_labelled_and_unlabelled_images_together
 # --- bank, resume, pieces, workers, validation
 
 
+@pytest.mark.slow
 @augmented
 def test_training_from_the_bank_is_training_with_the_teacher_in_every_step(
     augment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -348,6 +350,7 @@ def test_the_bank_holds_no_more_than_a_run_sees(
         assert [count for split, count in asked if split == "unlabelled"] == counts
 
 
+@pytest.mark.slow
 def test_trials_with_other_ratios_share_views(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +435,7 @@ def test_a_run_that_is_killed_within_an_epoch_repeats_it_to_the_bit(
     assert state is not None and same(state, whole[-1].state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [2, 3, 7, 50])
 @pytest.mark.parametrize("ratio", [0.1, 0.78, 3])
 def test_a_batch_in_pieces_is_the_whole_batch(pieces: int, ratio: float, in_float64: None) -> None:
@@ -483,6 +487,7 @@ def test_two_workers_agree_with_one(
             assert b[name] == pytest.approx(a[name], rel=1e-11)
 
 
+@pytest.mark.slow
 def test_several_teachers_teach_without_labels_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

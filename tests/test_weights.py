@@ -422,6 +422,7 @@ def test_weights_of_torchvision_are_read_from_the_cache(weights: str, hub: Path)
     assert all(found[key].equal(value) for key, value in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_old_names_in_the_file_of_densenet_are_understood(hub: Path) -> None:
     module: nn.Module = DenseNet121().original(1000)
     old = {

@@ -68,6 +68,7 @@ def broken(text: str, width: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", WORDS)
 def test_no_verb_has_a_line_that_is_broken_in_a_word(
     shown: tuple[int, Terminal], words: str
