@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Run, long_after
 from test_clusters import given, verbs
 from test_readers import change, make_sweep
 from test_report import make_grid
@@ -76,7 +76,9 @@ def test_a_note_on_a_network_is_printed(words: tuple[str, ...], tfkd: Run, tmp_p
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "words", [("tune", "space.yaml"), ("confirm", "arms.yaml", "--seeds", "2")], ids=" ".join
+    "words",
+    long_after(1, [("tune", "space.yaml"), ("confirm", "arms.yaml", "--seeds", "2")]),
+    ids=" ".join,
 )
 def test_a_note_on_a_network_is_printed_before_trials_run(
     words: tuple[str, ...], ray_cluster: str, tfkd: Run, tmp_path: Path

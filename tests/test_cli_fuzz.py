@@ -136,9 +136,9 @@ READING = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "surroundings",
-    long_after(1, [{"COLUMNS": "20", "NO_COLOR": "1", "TERM": "dumb", "HOME": None, "XDG_CACHE_HOME": None},
-     {"COLUMNS": "0", "HOME": "/proc/nowhere"}, {"COLUMNS": "wide", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}]),
-    ids=["narrow, no color, no HOME", "no width, HOME cannot be written", "no number of columns, ASCII"],
+    long_after(1, [{"COLUMNS": "0", "HOME": "/proc/nowhere"},
+     {"COLUMNS": "20", "NO_COLOR": "1", "TERM": "dumb", "HOME": None, "XDG_CACHE_HOME": None}, {"COLUMNS": "wide", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}]),
+    ids=["no width, HOME cannot be written", "narrow, no color, no HOME", "no number of columns, ASCII"],
 )  # fmt: skip
 def test_commands_do_not_depend_on_their_surroundings(
     surroundings: dict[str, str | None], tmp_path: Path
@@ -238,7 +238,7 @@ def as_modes_say() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", long_after(1, ["nowhere", "read-only"]))
+@pytest.mark.parametrize("kind", long_after(0, ["nowhere", "read-only"]))
 def test_commands_do_without_a_home_that_they_can_write(kind: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -306,6 +306,7 @@ progress._draw(force=True)
 """
 
 
+@pytest.mark.long
 def test_no_color_is_respected_on_a_terminal(tmp_path: Path, warm: list[str]) -> None:
     (tmp_path / "view.py").write_text(LIVE_VIEW)
     view = [*warm, str(tmp_path / "view.py"), str(Path(__file__).parent)]

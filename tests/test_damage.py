@@ -142,7 +142,7 @@ def reads(storage: Path, out: Path) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", long_after(2, range(5)))
+@pytest.mark.parametrize("part", long_after(1, range(5)))
 def test_a_damaged_file_is_a_sentence_or_is_borne(
     part: int,
     storage: Path,

@@ -213,6 +213,7 @@ def test_a_fresh_process_with_torch_alone_gives_the_students_logits(
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_onnx_gives_the_students_logits_at_every_batch_size(tmp_path: Path, storage: Path) -> None:
     import onnx

@@ -354,6 +354,7 @@ TWO = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, features, changes", TWO.values(), ids=TWO)
 def test_two_workers_agree_with_one_on_a_projector(
     name: str, features: Any, changes: dict[str, Any], tmp_path: Path, as_two_workers: TwoWorkers

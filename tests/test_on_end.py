@@ -154,6 +154,7 @@ def test_the_process_is_listed_without_the_command(tmp_path: Path) -> None:
     assert "'curl s3cret'" in words and "s3cret" not in rest and "***" in rest
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_runs_the_command_at_its_end_and_its_files_do_not_tell_it(

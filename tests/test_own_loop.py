@@ -427,6 +427,7 @@ def test_what_is_no_logits_on_test_is_a_sentence(loops: Path, name: str, sentenc
 # --- from tune to confirm
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -457,6 +457,7 @@ def test_an_override_names_the_function(losses: Path, tmp_path: Path) -> None:
     assert space.branches[0].example.objective.model_dump()["args"]["gamma"] == 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_own_loss_is_explained_by_its_gradient(space: Space) -> None:
     by_name = {knob.name.rpartition(".")[2]: knob for knob in knobs(space.branches[1], 10)}

@@ -582,7 +582,7 @@ def test_a_port_that_is_taken_is_named_with_the_next_free_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", long_after(1, [signal.SIGINT, signal.SIGTERM]), ids=lambda s: s.name
+    "number", long_after(0, [signal.SIGINT, signal.SIGTERM]), ids=lambda s: s.name
 )
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path, space: Space, number: int) -> None:
     for name in "ef":

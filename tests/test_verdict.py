@@ -149,6 +149,7 @@ def test_holm_by_hand() -> None:
     assert holm(np.array([0.3])) == pytest.approx([0.3])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_holm_is_statsmodels() -> None:
     p = (
