@@ -36,13 +36,18 @@ def slurm_problems(file: ClusterFile) -> Iterator[str]:
     if not re.search(rf"--resources[=\s].*{DRIVER}\\?\"\s*:\s*[1-9]", text):
         yield f"--resources: the head lacks '{DRIVER}', which trials of several workers need; add: --resources='{{\"{DRIVER}\": 1000}}'"  # noqa: E501
     if start[1] == "symmetric-run":
-        if not re.search(r"^#SBATCH\s+--exclusive", text, re.M):
-            yield "#SBATCH --exclusive: required, and not given; when it ends, `ray symmetric-run` ends all of your Ray on its nodes"  # noqa: E501
-        if not re.search(r"\bsrun\b[^&|;]*--cpus-per-task", text):
-            yield "srun --cpus-per-task: required, and not given; since Slurm 22.05 srun does not take it from sbatch, and Ray would run on one core"  # noqa: E501
-        if "--min-nodes" not in text:
-            yield "--min-nodes: required, and not given; the sweep would begin before all nodes are there"
+        yield from _symmetric_problems(text)
     if not re.search(r"^#SBATCH\s+(--nodes|-N)", text, re.M):
         yield "#SBATCH --nodes: required, and not given"
     if not re.search(r"^#SBATCH\s+(--time|-t)", text, re.M):
         yield "#SBATCH --time: required, and not given; a sweep that hangs would hold its nodes for as long as Slurm allows"  # noqa: E501
+
+
+def _symmetric_problems(text: str) -> Iterator[str]:
+    """Yield a sentence for each option that `ray symmetric-run` needs and that the text lacks."""
+    if not re.search(r"^#SBATCH\s+--exclusive", text, re.M):
+        yield "#SBATCH --exclusive: required, and not given; when it ends, `ray symmetric-run` ends all of your Ray on its nodes"  # noqa: E501
+    if not re.search(r"\bsrun\b[^&|;]*--cpus-per-task", text):
+        yield "srun --cpus-per-task: required, and not given; since Slurm 22.05 srun does not take it from sbatch, and Ray would run on one core"  # noqa: E501
+    if "--min-nodes" not in text:
+        yield "--min-nodes: required, and not given; the sweep would begin before all nodes are there"

@@ -616,8 +616,7 @@ class TrainConfig(Settings):
         if self.init == "trained" and other:
             yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
         yield from _input_problems(teacher, self.data.shape[0], where)
-        if teacher.labels == "top50" and self.objective.needs_teacher:
-            yield from self._top_problems(where)
+        yield from self._top_problems(teacher, where)
         epochs = teacher.epochs or self.epochs
         if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
             yield f"{where}.stop_epoch: must be at most {where}.epochs, {epochs}, got {teacher.stop_epoch}"
@@ -627,8 +626,10 @@ class TrainConfig(Settings):
                 "or confirm --train-only"
             )
 
-    def _top_problems(self, where: str) -> Iterator[str]:
-        """Yield a sentence for each reason against a bank of the largest logits."""
+    def _top_problems(self, teacher: TeacherConfig, where: str) -> Iterator[str]:
+        """Yield a sentence for each reason against a bank of the largest logits, if it is wanted."""
+        if teacher.labels != "top50" or not self.objective.needs_teacher:
+            return
         classes = self.data.num_classes
         if not isinstance(self.objective, KnowledgeDistillation):
             yield (
