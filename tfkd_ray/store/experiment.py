@@ -1,8 +1,9 @@
 """An experiment's directory: its files, read and written without Ray, torch or unpickling.
 
     experiment.yaml                the resolved space, versions, git commit, seeds, command line
-    study.journal                  Optuna's journal: proposals, values after every epoch, ends
+    study.journal                  Optuna's journal: proposals, values at rungs, ends
     spent.json                     seconds of all drivers, and of all trials, for budgets
+    ended.jsonl                    a line for each trial that has ended; see ended.py
     stop/                          what `tfkd stop` asks of the driver: a file a trial, or `sweep`
     trials/t0007-tfkd_reg/         one folder a trial
         trial.json                 number, objective, searched parameters, configuration, status, reason
@@ -31,7 +32,7 @@ import statistics
 import subprocess
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -161,6 +162,10 @@ class Record:
         values = [run.last[metric] for run in self.further]
         return statistics.stdev(values) / math.sqrt(len(values))
 
+    def with_runs(self, further: tuple["Record", ...]) -> "Record":
+        """Return the trial with its runs with further seeds."""
+        return replace(self, further=further)
+
     @property
     def runs(self) -> tuple["Record", ...]:
         """The trial, and its runs with further seeds."""
@@ -199,7 +204,7 @@ def with_further(records: Iterable[Record]) -> list[Record]:
     found = []
     for trial in trials:
         runs = sorted(further.get(trial.name, []), key=lambda run: int(run.config["seed"]))
-        found.append(replace(trial, further=tuple(runs)) if runs else trial)
+        found.append(trial.with_runs(tuple(runs)) if runs else trial)
     return found
 
 
@@ -527,14 +532,18 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-def check_no_links(experiment: Path) -> None:
+def check_no_links(experiment: Path, finished: Collection[str] = ()) -> None:
     """Raise if an experiment contains a link, a pipe or a device: a write there would go elsewhere.
 
     Two links are ours: result.json, to the metrics.jsonl beside it, and Optuna's lock, which is
     never opened.
+
+    Args:
+        finished: names of trials' folders into which nothing will be written.
     """
     found = []
     for where, folders, names in os.walk(experiment):
+        folders[:] = [name for name in folders if name not in finished]
         for path in (Path(where) / name for name in (*folders, *names)):
             kind = kind_of(path, follow=False)
             ours = path.name.startswith("study.journal.lock") or (
