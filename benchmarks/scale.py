@@ -197,7 +197,8 @@ def fill(space: Space, experiment: Path, trials: int) -> None:
 def fill_folders(record: Record, last: dict[str, float], files: dict[str, bytes]) -> None:
     """Write the folders of a trial that has ended."""
     record.folder.mkdir(exist_ok=True)
-    told = {k: v for k, v in vars(record).items() if k not in ("folder", "metrics")}
+    left_out = ("folder", "metrics", "further", "seed_of", "seeds")
+    told = {k: v for k, v in vars(record).items() if k not in left_out}
     (record.folder / "trial.json").write_text(json.dumps(told, indent=1) + "\n")
     (record.folder / "metrics.jsonl").write_text(json.dumps(last) + "\n")
     if files:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from tfkd_ray.run.rungs import Rungs
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
 from tfkd_ray.run.studies import Seen
 from tfkd_ray.run.trial import StudentTrial
+from tfkd_ray.run.tune import resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import append_whole
 from tfkd_ray.show import figures
@@ -36,7 +38,7 @@ from tfkd_ray.show.status import best_of, status
 from tfkd_ray.space.space import Space, build_space
 from tfkd_ray.store.assignment import SECTION, Assignment, assigned
 from tfkd_ray.store.ended import read_briefs
-from tfkd_ray.store.experiment import read_records, write_experiment
+from tfkd_ray.store.experiment import append_line, read_records, write_experiment
 from tfkd_ray.store.storage import Directory
 
 EPOCHS = 9
@@ -89,13 +91,16 @@ class Driver:
             "training_iteration": epoch,
             "seconds": 2.0,
         }
-        stops = self.stopping.on_trial_result(None, trial, result) == "STOP"
-        result["done"] = stops or epoch == EPOCHS
-        if not stops:
+        decision = self.stopping.on_trial_result(None, trial, result)
+        result["done"] = decision == "STOP" or epoch == EPOCHS
+        if not result["done"] or decision == "CONTINUE":
             self.searcher.on_trial_result(trial.trial_id, result)
         self.told.on_trial_result(0, [], trial, result)
         trial.last_result = result
-        return bool(result["done"])
+        if decision == "PAUSE":
+            self.told.on_trial_save(0, [], trial)
+            self.searcher.pause(trial.trial_id)
+        return bool(result["done"]) or decision == "PAUSE"
 
     def end(self, trial: Any) -> None:
         self.searcher.on_trial_complete(trial.trial_id, trial.last_result)
@@ -113,7 +118,8 @@ class Driver:
             for epoch in range(1, EPOCHS + 1):
                 if self.epoch(trial, epoch, draw.random()):
                     break
-            self.end(trial)
+            if trial.last_result["done"]:
+                self.end(trial)
         return configs
 
 
@@ -365,10 +371,48 @@ def test_a_trial_that_begins_again_is_read_from_its_folder_until_it_ends_again(
     with (swept / "ended.jsonl").open("a") as file:
         file.write('{"name": "half')  # still being written
     assert len(read_briefs(swept).records) == 10
-    with (swept / "ended.jsonl").open("a") as file:
-        file.write('"}\n')
-    with pytest.raises(ConfigError, match=r"ended\.jsonl"):
+    append_line(swept / "ended.jsonl", '{"name":"after a line that a full disk has cut')
+    assert len(read_briefs(swept).records) == 10
+    append_line(swept / "ended.jsonl", '{"name": "half"}')
+    with pytest.raises(ConfigError, match=r"(?s)ended\.jsonl.*remove the file"):
         read_briefs(swept)
+
+
+def test_paused_trials_are_listed_until_they_go_on_or_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s, experiment = space(stopping="pausing", num_samples=9), tmp_path / "e"
+    driver = Driver(s, experiment)
+    driver.run(9)
+    whole = without_times(status(experiment))
+    assert whole["trials"]["paused"] == 9
+    monkeypatch.setattr(ended, "MANY_ENDED", 3)
+    assert without_times(status(experiment)) == whole
+    assert all(len(record.config) == 1 for record in read_briefs(experiment).records)
+    assert not ended.finished_names(experiment)  # something will be written there
+    again = Driver(s, experiment)
+    best = again.begin("goes on")
+    found = {r.name: r for r in read_briefs(experiment).records}
+    assert found[assigned(best).name].status == "running"
+    again.searcher.finish()
+    again.told.on_experiment_end([best])
+    count = Counter(record.status for record in read_briefs(experiment).records)
+    assert count == {"stopped": 8, "interrupted": 1}
+    assert Counter(record.status for record in read_records(experiment)) == count
+
+
+def test_of_equal_best_trials_the_first_one_is_best_whatever_its_objective(tmp_path: Path) -> None:
+    tree = {"student": "mlp", "epochs": EPOCHS, "objective": ["lsr", "ce"]}
+    s = build_space({**tree, "search": {"num_samples": 4, "stopping": "none"}})
+    driver = Driver(s, tmp_path / "e")
+    for value in (0.2, 0.7, 0.7, 0.7):
+        trial = driver.begin(f"of {value}")
+        for epoch in range(1, EPOCHS + 1):
+            driver.epoch(trial, epoch, value)
+        driver.end(trial)
+    found = status(tmp_path / "e")["best"]
+    assert (found["trial"], found["shared_by"]) == (best_of(tmp_path / "e")[0].name, 3)
+    assert found["trial"].startswith("t0001")
 
 
 def test_the_report_on_many_trials_shows_a_sample_and_says_so(
@@ -396,6 +440,23 @@ def test_a_lock_does_not_look_into_the_folders_of_many_trials_that_have_ended(
     (runs / "link").symlink_to("/etc/passwd")
     with pytest.raises(ConfigError, match="link: is a link"):
         Lock(Directory(swept.parent), swept.name)
+
+
+@pytest.mark.parametrize("place", ["trials/{runs}/link", "tb/link", "{runs}", "trials/linked"])
+def test_a_forged_list_hides_no_link_from_a_resume(
+    swept: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(ended, "MANY_ENDED", 3)
+    *_, done, runs = (r.name for r in read_briefs(swept).records)
+    line = (swept / "ended.jsonl").read_text().splitlines()[-1]
+    assert f'"{done}"' in line
+    for name in (runs, "trials", "tb", "linked"):
+        append_line(swept / "ended.jsonl", line.replace(f'"{done}"', f'"{name}"'))
+    link = swept / place.format(runs=runs)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to("/etc/passwd")
+    with pytest.raises(ConfigError, match="is a link"):
+        resume_tuner(swept)
 
 
 # --- messages of several epochs

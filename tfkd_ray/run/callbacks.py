@@ -43,7 +43,14 @@ from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.space import Space
 from tfkd_ray.store import remote
 from tfkd_ray.store.assignment import assigned, without_assignment
-from tfkd_ray.store.ended import finished_names, note_beginning, note_end, read_briefs
+from tfkd_ray.store.ended import (
+    end_record,
+    finished_names,
+    in_full,
+    note_beginning,
+    note_end,
+    read_briefs,
+)
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     STOPPED_BY,
@@ -166,6 +173,7 @@ class Recorder(Listener):
     def on_pause(self, trial: Any) -> None:
         self._paused.add(trial.trial_id)
         self._write(trial, "paused")
+        self._list(trial)
 
     def on_end(self, trial: Any) -> None:
         """Drop the run states once the study has the result, except of failed trials."""
@@ -173,6 +181,7 @@ class Recorder(Listener):
         self._begun.discard(trial.trial_id)
         self._end(trial, result)
         self._list(trial)
+        self._forget(trial)
         if not result.get("failed"):
             self._over.append(self._folder(trial))
             _drop_states(self._over[-1])
@@ -187,13 +196,17 @@ class Recorder(Listener):
     def on_failed(self, trial: Any) -> None:
         self._write(trial, "failed", self._losses.reason(trial))
         self._list(trial)
+        self._forget(trial)
 
     def _list(self, trial: Any) -> None:
-        """Add a trial that has ended to the list of such, and forget it."""
-        lines, took = self._lines.pop(trial.trial_id, []), self._took.pop(trial.trial_id, {})
+        """Add a trial that has ended or paused to the list of such."""
+        lines, took = self._lines.get(trial.trial_id, []), self._took.get(trial.trial_id, {})
         last = json.loads(lines[-1]) if lines else {}
-        record = self._written.pop(trial.trial_id)
-        note_end(record, {**last, **took}, assigned(trial).metrics)
+        note_end(self._written[trial.trial_id], {**last, **took}, assigned(trial).metrics)
+
+    def _forget(self, trial: Any) -> None:
+        for known in (self._lines, self._took, self._written):
+            known.pop(trial.trial_id, None)
 
     def _ended_by(self) -> str | None:
         """Return why the sweep ends before all trials have."""
@@ -463,7 +476,7 @@ SPENT_S = 1.0
 class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     """Stops a sweep when a budget of its `search` is spent: trials save, and can be resumed.
 
-    The time since a running trial's last report counts, so no trial runs past its current epoch.
+    The time since a running trial's last report counts, so no trial runs past its current message.
     """
 
     reason: str | None = None
@@ -582,7 +595,8 @@ def _end_paused(experiment: Path, searcher: OptunaSearcher) -> None:
     paused = searcher.paused()
     for record in read_briefs(experiment).records:
         if record.status == "paused" and record.number not in paused:
-            write_record(replace(record, status="stopped"))
+            ended = replace(in_full(record), status="stopped")
+            end_record(ended, searcher.space.search.measured)
             _drop_states(record.folder)
 
 

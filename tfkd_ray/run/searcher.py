@@ -918,8 +918,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         known = self._started.pop(number, None)
         if known is not None:
             live = self._continued(number, known)
-            self._limit(live.trial, metrics)
-            live.tell(state=TrialState.PRUNED)
+            with together(self._storage):
+                self._put(live, metrics, is_last=True)
+                self._limit(live.trial, metrics)
+                live.tell(state=TrialState.PRUNED)
             self._todo.remove(number)
             self._notice_end(live)
         elif number in self.paused():

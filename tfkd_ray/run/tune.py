@@ -77,17 +77,17 @@ from tfkd_ray.space.relate import not_comparable, not_superset
 from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig, more_samples
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digests
 from tfkd_ray.store.assignment import assigned
-from tfkd_ray.store.ended import read_briefs
+from tfkd_ray.store.ended import end_record, read_briefs
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     Record,
+    check_no_links,
     gone_sentence,
     is_begun,
     read_experiment,
     read_records,
     trials_folder,
     write_experiment,
-    write_record,
 )
 from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
 
@@ -273,6 +273,7 @@ def resume_tuner(
         searcher = _searcher(old, experiment, storage, url)
         undone.callback(searcher.close)
         storage.drop_unknown(found.name, searcher.names())
+        _check_no_links_in(experiment, searcher)
         _check_unchanged(old, searcher)
         there, gone = read_briefs(experiment)
         if gone:
@@ -400,6 +401,14 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
             raise ConfigError([f"its space was {how}", *(missing or more)], file)
 
 
+def _check_no_links_in(experiment: Path, searcher: OptunaSearcher) -> None:
+    """Raise if the folder of a trial that goes on contains a link, whatever ended.jsonl says of it."""
+    known = searcher.known()
+    for name in searcher.waiting_names() | {known[n] for n in searcher.paused()}:
+        check_no_links(trials_folder(experiment) / name)
+        check_no_links(experiment / "tb" / name)
+
+
 def _check_all_there(searcher: OptunaSearcher, experiment: Path, there: Iterable[Record]) -> None:
     """Refuse studies that lack trials of this experiment: numbers would be used twice."""
     known = searcher.names()
@@ -443,7 +452,8 @@ def _end_outside(searcher: OptunaSearcher, experiment: Path) -> None:
     for run in (run for record in left_out for run in record.runs):
         if run.status in ("running", "interrupted", "paused"):
             reason = "outside of the narrower space in which the sweep was resumed"
-            write_record(replace(run, status="stopped", reason=reason))
+            ended = replace(run, status="stopped", reason=reason)
+            end_record(ended, searcher.space.search.measured)
             for state in (LAST, BEFORE):
                 (run.folder / state).unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.show.pace import Begun, HalvingRule, epochs_left
 from tfkd_ray.space.finalists import Candidate, finalists
 from tfkd_ray.space.pausing import halving_rungs
-from tfkd_ray.store.ended import Briefs, are_many, in_full, read_briefs
+from tfkd_ray.store.ended import ENDED, Briefs, are_many, in_full, read_briefs
 from tfkd_ray.store.experiment import (
     BASELINES,
     STATUSES,
@@ -371,7 +371,7 @@ def changed_last(experiment: Path) -> float:
     """Return when a sweep's files changed last, in seconds since 1970."""
     names = ["driver.txt", "study.journal", "confirm.json"]
     if are_many(experiment):  # every second, the driver writes what is spent
-        return max(_changed(experiment / name) for name in (*names, "spent.json"))
+        return max(_changed(experiment / name) for name in (*names, "spent.json", ENDED))
     metrics = [folder / "metrics.jsonl" for folder in trial_folders(experiment)]
     return max(_changed(path) for path in [*(experiment / name for name in names), *metrics])
 
@@ -548,6 +548,7 @@ def _status_rows(
         ranked = ranked_trials(own, plan.metric, plan.limits) if plan.metric else []
         rows[name] = {**{s: counts[s] for s in STATUSES}, "best": _best_trials(ranked, plan)}
         firsts, judged = [*firsts, *ranked[:1]], [*judged, *ranked]
+    firsts.sort(key=lambda record: record.number)
     first = ranked_trials(firsts, plan.metric, plan.limits)[:1] if plan.metric else []
     return rows, _best_trials([*first, *(r for r in judged if r is not first[0])], plan)
 

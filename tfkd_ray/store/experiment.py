@@ -3,7 +3,7 @@
     experiment.yaml                the resolved space, versions, git commit, seeds, command line
     study.journal                  Optuna's journal: proposals, values at rungs, ends
     spent.json                     seconds of all drivers, and of all trials, for budgets
-    ended.jsonl                    a line for each trial that has ended; see ended.py
+    ended.jsonl                    a line for each trial that has ended or paused; see ended.py
     stop/                          what `tfkd stop` asks of the driver: a file a trial, or `sweep`
     trials/t0007-tfkd_reg/         one folder a trial
         trial.json                 number, objective, searched parameters, configuration, status, reason
@@ -414,7 +414,7 @@ def read_metrics(folder: Path) -> list[Numbers]:
 def as_metrics(line: str | bytes) -> Numbers:
     """Parse a line of metrics.jsonl; raise a ValueError if it is none."""
     found = parse_json(line)
-    if not isinstance(found, dict) or not all(_is_json_number(value) for value in found.values()):
+    if not isinstance(found, dict) or not all(is_json_number(value) for value in found.values()):
         raise ValueError(f"no metrics of an epoch: {str(found)[:80]}")
     epoch = found.get("epoch", 0)
     if not 0 <= epoch <= MOST_EPOCHS:
@@ -422,7 +422,7 @@ def as_metrics(line: str | bytes) -> Numbers:
     return found
 
 
-def _is_json_number(value: Any) -> bool:
+def is_json_number(value: Any) -> bool:
     """Return whether a value is a JSON number, or NaN or infinity as diverging trials report."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
@@ -539,12 +539,16 @@ def check_no_links(experiment: Path, finished: Collection[str] = ()) -> None:
     never opened.
 
     Args:
-        finished: names of trials' folders into which nothing will be written.
+        finished: names of trials into whose folders nothing will be written, so their content is
+            not looked at.
     """
     found = []
+    of_trials = (str(trials_folder(experiment)), str(experiment / "tb"))
     for where, folders, names in os.walk(experiment):
-        folders[:] = [name for name in folders if name not in finished]
-        for path in (Path(where) / name for name in (*folders, *names)):
+        here = [Path(where) / name for name in (*folders, *names)]
+        if where in of_trials:
+            folders[:] = [name for name in folders if name not in finished]
+        for path in here:
             kind = kind_of(path, follow=False)
             ours = path.name.startswith("study.journal.lock") or (
                 path.name == "result.json"
