@@ -919,7 +919,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if known is not None:
             live = self._continued(number, known)
             with together(self._storage):
-                self._put(live, metrics, is_last=True)
+                self._put(live, dict(metrics), is_last=True)
                 self._limit(live.trial, metrics)
                 live.tell(state=TrialState.PRUNED)
             self._todo.remove(number)

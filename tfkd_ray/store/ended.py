@@ -189,7 +189,7 @@ def _read_ended(path: Path) -> dict[str, Tree]:
     with damaged(path), opened(path, follow=False) as file:
         content, _, _ = bytes(read_at_most(file, MOST_BYTES)).rpartition(b"\n")  # one is unfinished
         try:
-            lines = {about["name"]: about for about in _parsed(content)}
+            lines = {about["name"]: about for about in _uncut_lines(content)}
             found = {name: about for name, about in lines.items() if about["status"] != "running"}
             are_trials = all(map(_is_trial, found.values()))
         except (KeyError, TypeError, AttributeError):
@@ -199,7 +199,7 @@ def _read_ended(path: Path) -> dict[str, Tree]:
     return found
 
 
-def _parsed(lines: bytes) -> list[Tree]:
+def _uncut_lines(lines: bytes) -> list[Tree]:
     """Return the lines, without those that a full disk or a lost machine has cut."""
     try:
         whole: list[Tree] = parse_json(b"[" + lines.replace(b"\n", b",") + b"]")
