@@ -18,8 +18,8 @@ from test_tune import TREE
 
 from tfkd_ray.cli.main import main
 from tfkd_ray.run.callbacks import Budget, over_budget, spent_so_far
+from tfkd_ray.run.journal import open_journal
 from tfkd_ray.run.searcher import OptunaSearcher
-from tfkd_ray.run.studies import open_journal
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml

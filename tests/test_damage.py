@@ -37,7 +37,7 @@ from tfkd_ray.learn.image_files import ImageFolder, TinyImagenet
 from tfkd_ray.learn.models import Mlp
 from tfkd_ray.learn.official import Cifar100, Mnist
 from tfkd_ray.learn.weights import load_outside
-from tfkd_ray.run.studies import open_journal
+from tfkd_ray.run.journal import open_journal
 from tfkd_ray.run.tune import resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
@@ -212,7 +212,7 @@ from tfkd_ray.learn.models import Mlp
 from tfkd_ray.learn.official import Cifar100, Mnist
 from tfkd_ray.learn.weights import load_outside
 from tfkd_ray.run.auth import token_in
-from tfkd_ray.run.studies import open_journal
+from tfkd_ray.run.journal import open_journal
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import read_yaml
 from tfkd_ray.show.status import status

@@ -575,7 +575,7 @@ def test_the_receipt_and_budgets_count_further_seeds(experiment: Path) -> None:
     assert spent["cpu_hours"] == pytest.approx(10 * EPOCHS * 2 / 3600)
     run = read_record(experiment / "trials" / "t0001-tfkd_reg-seed3")
     write_record(replace(run, status="failed", reason="broke"))
-    assert failed_names(experiment) == {"t0001-tfkd_reg-seed3"}
+    assert failed_names(read_records(experiment)) == {"t0001-tfkd_reg-seed3"}
     assert status(experiment)["failures"] == [{"trial": "t0001-tfkd_reg-seed3", "reason": "broke"}]
 
 

@@ -15,8 +15,8 @@ from test_tensorboard import read
 from test_tune import TREE
 
 from tfkd_ray.run import tune
+from tfkd_ray.run.journal import open_journal
 from tfkd_ray.run.searcher import OUTSIDE, OptunaSearcher, copy_trials, outside_of
-from tfkd_ray.run.studies import open_journal
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import Tree
@@ -97,13 +97,14 @@ def test_trials_outside_of_a_narrower_space_stay_on_record_and_guide_nothing(
 
 def test_an_unfinished_trial_outside_has_ended_with_what_it_came_to(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
-    run_sweep(OptunaSearcher(space(stopping="none"), journal), kill_at=5)
+    every = {"stopping": "none", "report": "all"}
+    run_sweep(OptunaSearcher(space(**every), journal), kill_at=5)
     lr = studies_in(journal, "tfkd")["lsr"][-1].params["optim.lr"]
     there = {"low": lr / 50, "high": lr * 0.99} if lr > 0.1 else {"low": lr * 1.01, "high": 1.0}
-    new = OptunaSearcher(space({**there, "log": True}, study="tfkd@2", stopping="none"), journal)
-    copy_trials(OptunaSearcher(space(stopping="none"), journal), new)
+    new = OptunaSearcher(space({**there, "log": True}, study="tfkd@2", **every), journal)
+    copy_trials(OptunaSearcher(space(**every), journal), new)
     (cut,) = (t for t in studies_in(journal, "tfkd@2")[OUTSIDE] if t.user_attrs["number"] == 5)
-    assert cut.state == TrialState.PRUNED and len(cut.intermediate_values) == 2
+    assert cut.state == TrialState.PRUNED and list(cut.intermediate_values) == [1, 2]
     assert new.waiting() == set()
 
 

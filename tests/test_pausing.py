@@ -22,13 +22,13 @@ from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping, copy_trials
 from tfkd_ray.run.stops import Stops
-from tfkd_ray.run.studies import EachOnce
+from tfkd_ray.run.studies import Seen
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.plan import lines, plan
 from tfkd_ray.show.receipt import expected_epochs
 from tfkd_ray.show.status import status, status_lines
-from tfkd_ray.space.pausing import Action, Entrant, next_action, promotable
+from tfkd_ray.space.pausing import Action, Entrant, Ladder, next_action
 from tfkd_ray.space.space import Space, build_space
 from tfkd_ray.store.experiment import Record, read_experiment, read_records
 from tfkd_ray.store.storage import Directory, Experiment
@@ -171,9 +171,11 @@ def test_every_objective_ends_with_a_full_length_trial_however_few_trials_it_has
 
 
 def test_equal_values_go_on_by_number_and_no_more_than_a_third() -> None:
-    group = [Entrant(n, "paused", {3: 0.5}, 3) for n in range(8)]
-    assert [e.number for e in promotable(group, 3, 3, maximize=True)] == [0, 1]
-    assert [e.number for e in promotable(group, 3, 3, maximize=False)] == [0, 1]
+    for maximize in (True, False):
+        ladder = Ladder(1, RUNGS, 3, maximize=maximize)
+        for n in range(8):
+            ladder.put(0, Entrant(n, "paused", {3: 0.5}, 3))
+        assert list(ladder.promotable(0, 3)) == [0, 1]
 
 
 def test_the_metric_decides_which_way_is_better() -> None:
@@ -187,7 +189,7 @@ def test_a_trial_without_a_value_at_a_rung_never_goes_on_and_counts_there() -> N
     group = [Entrant(n, "paused", {3: math.nan}, 3) for n in range(5)]
     assert next_action([group], RUNGS, 3, maximize=True, to_start=0) == Action("end")
     group.append(Entrant(5, "paused", {3: 0.0}, 3))
-    assert [e.number for e in promotable(group, 3, 3, maximize=True)] == [5]
+    assert next_action([group], RUNGS, 3, maximize=True, to_start=0) == Action("promote", 5, 3)
 
 
 def test_where_the_promoted_trial_fails_the_next_best_goes_on() -> None:
@@ -196,6 +198,53 @@ def test_where_the_promoted_trial_fails_the_next_best_goes_on() -> None:
 
     sweep = Sweep(of, 6).run()
     assert sweep.whole() and set(sweep.whole()) <= {0, 1, 2, 3}
+
+
+def slow_next_action(groups: list[list[Entrant]], maximize: bool) -> Action:
+    """Return what the rule says by its definition, looking through all trials at all rungs."""
+    sign = -1 if maximize else 1
+
+    def came(group: list[Entrant], rung: int) -> list[Entrant]:
+        there = [e for e in group if rung in e.values]
+        return sorted(
+            there,
+            key=lambda e: (math.isnan(e.values[rung]), sign * e.values[rung], e.number),
+        )
+
+    def waits(e: Entrant, rung: int) -> bool:
+        return e.state == "paused" and e.rung == rung and not math.isnan(e.values[rung])
+
+    for rung in RUNGS:
+        for group in groups:
+            best = came(group, rung)
+            for e in best[: len(best) // 3]:
+                if waits(e, rung):
+                    return Action("promote", e.number, rung)
+    for group in groups:
+        if not {"running", "whole"} & {e.state for e in group}:
+            for rung in reversed(RUNGS):
+                for e in came(group, rung):
+                    if waits(e, rung):
+                        return Action("promote", e.number, rung)
+    running = any(e.state == "running" for group in groups for e in group)
+    return Action("wait" if running else "end")
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_the_rule_that_follows_each_change_says_what_its_definition_says(maximize: bool) -> None:
+    draw = random.Random(7)
+    ladder = Ladder(2, RUNGS, 3, maximize=maximize)
+    known: dict[int, Entrant] = {}
+    states: list[Any] = ["running", "paused", "paused", "paused", "whole", "over"]
+    for _ in range(400):
+        n, reached = draw.randrange(30), draw.randrange(len(RUNGS) + 1)
+        of = {rung: draw.choice([0.1, 0.2, draw.random(), math.nan]) for rung in RUNGS[:reached]}
+        rung = RUNGS[reached - 1] if reached else 0
+        known[n] = Entrant(n, draw.choice(states) if reached else "running", of, rung)
+        ladder.put(n % 2, known[n])
+        groups = [[e for m, e in sorted(known.items()) if m % 2 == g] for g in (0, 1)]
+        assert ladder.next_action(0) == slow_next_action(groups, maximize)
+        assert ladder.next_action(3) == Action("start")
 
 
 def test_objectives_are_judged_among_themselves() -> None:
@@ -334,11 +383,15 @@ def test_what_a_search_remembers_of_its_rungs_is_what_its_study_holds(tmp_path: 
             checked += 1
             fresh = OptunaSearcher(space(), tmp_path / "journal")
             fresh.waiting()  # reads the study
-            kept = {n: e for group in driver.searcher._entrants for n, e in group.items()}
-            read = {n: e for group in fresh._entrants for n, e in group.items()}
-            assert {n: (e.state, dict(e.values)) for n, e in kept.items()} == {
-                n: (e.state, dict(e.values)) for n, e in read.items()
-            }
+            kept, read = (
+                {
+                    n: (searcher._ladder.entrant(g, n).state, searcher._ladder.entrant(g, n).values)
+                    for g in (0, 1)
+                    for n in searcher._ladder.numbers(g)
+                }
+                for searcher in (driver.searcher, fresh)
+            )
+            assert kept == read
         return found
 
     driver.call = call  # type: ignore[method-assign]
@@ -407,11 +460,13 @@ def test_a_sampler_sees_a_trial_once_however_often_it_went_on(tmp_path: Path) ->
     driver = Driver(tmp_path / "journal", space(), Counter())
     driver.run()
     for study in driver.searcher.studies():
-        seen = EachOnce(study.sampler, study.study_name, driver.searcher.optuna_storage())
-        numbers = [t.user_attrs["number"] for t in seen._study.trials]
+        seen = Seen(study.directions)
+        for trial in study.trials:
+            seen.take(trial)
+        numbers = [t.user_attrs["number"] for t in seen.trials()]
         all_numbers = [t.user_attrs["number"] for t in study.trials]
         assert len(numbers) == len(set(numbers)) == len(set(all_numbers)) < len(all_numbers)
-        assert any(t.state.name == "COMPLETE" for t in seen._study.trials)
+        assert any(t.state.name == "COMPLETE" for t in seen.trials())
 
 
 def test_pausing_is_refused_where_trials_cannot_be_resumed_or_there_are_several_metrics(
@@ -432,14 +487,14 @@ def test_pausing_is_refused_where_trials_cannot_be_resumed_or_there_are_several_
     assert not list(tmp_path.iterdir())
 
 
-def test_with_another_scheduler_nothing_pauses_and_every_epoch_is_kept(tmp_path: Path) -> None:
+def test_with_another_scheduler_nothing_pauses(tmp_path: Path) -> None:
     searcher = OptunaSearcher(space(), tmp_path / "journal")
     assert isinstance(searcher.suggest("a"), dict)
     for epoch in range(1, 10):
         searcher.on_trial_result("a", {"epoch": epoch, "val_accuracy": 0.5})
     searcher.on_trial_complete("a", {"epoch": 9, "val_accuracy": 0.5, "done": True})
     (trial,) = searcher.studies()[0].trials
-    assert trial.state.name == "COMPLETE" and list(trial.intermediate_values) == list(range(1, 10))
+    assert trial.state.name == "COMPLETE" and list(trial.intermediate_values) == [1, 3, 9]
 
 
 def test_a_saved_and_restored_searcher_knows_which_of_rays_trials_are_paused(

@@ -19,8 +19,8 @@ from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
 from ray.tune.search import Repeater
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
+from tfkd_ray.run.journal import open_journal
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
-from tfkd_ray.run.studies import open_journal
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.space import Space, build_space
@@ -85,7 +85,8 @@ def test_numbers_of_numpy_are_numbers_as_metric_and_as_epoch(
         for epoch in range(1, EPOCHS + 1):
             tune.report({"epoch": kind(epoch), "val_accuracy": kind(1.0)})
 
-    searcher = OptunaSearcher(space(len(KINDS), stopping="none"), tmp_path / "journal")
+    s = space(len(KINDS), stopping="none", report="all")
+    searcher = OptunaSearcher(s, tmp_path / "journal")
     fit(trainable, searcher, tmp_path, scheduler=StudyStopping(searcher))
     assert [(t.state.name, t.value) for t in trials(searcher)] == [("COMPLETE", 1.0)] * len(KINDS)
     assert all(list(t.intermediate_values) == list(range(1, EPOCHS + 1)) for t in trials(searcher))
@@ -115,7 +116,7 @@ def test_epochs_may_be_counted_from_zero_or_not_at_all_and_a_trial_may_end_early
             tune.report({"val_accuracy": 0.5, **({} if number == 1 else {"epoch": epoch})})
 
     for rule in ("study", "fifo"):
-        searcher = OptunaSearcher(space(4, stopping="none"), tmp_path / rule)
+        searcher = OptunaSearcher(space(4, stopping="none", report="all"), tmp_path / rule)
         scheduler = StudyStopping(searcher) if rule == "study" else None
         fit(trainable, searcher, tmp_path / f"at-{rule}", scheduler=scheduler)
         assert states(searcher) == ["COMPLETE"] * 4

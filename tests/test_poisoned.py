@@ -545,7 +545,8 @@ def as_nobody(storage: Path, above: list[Path]) -> str:
 
 
 @pytest.mark.parametrize("name", ["driver.txt", "driver.lock", "study.journal", "tb", "trials/t0000-kd/metrics.jsonl",
-                                  "trials/t0000-kd/error.txt", "trials/tuner.pkl", "trials/t0099-kd", "spent.json"])  # fmt: skip
+                                  "trials/t0000-kd/error.txt", "trials/tuner.pkl", "trials/t0099-kd", "spent.json",
+                                  "ended.jsonl"])  # fmt: skip
 def test_a_resume_writes_through_no_link(name: str, storage: Path, tmp_path: Path) -> None:
     from tfkd_ray.run.tune import resume_tuner
 

@@ -813,7 +813,10 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
         ".tfkd",
         *(
             f"e/{n}"
-            for n in ("experiment.yaml", "study.journal", "spent.json", "driver.json", "driver.txt")
+            for n in (
+                *("experiment.yaml", "study.journal", "spent.json", "ended.jsonl"),
+                *("driver.json", "driver.txt"),
+            )
         ),
     }
     assert sorted(n.rpartition("/")[2] for n in names if n.startswith("teachers/")) == [

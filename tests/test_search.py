@@ -16,7 +16,6 @@ import optuna
 import pytest
 import torch
 from conftest import long_after
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher
@@ -25,15 +24,15 @@ from scipy.stats import qmc
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.run import tune
+from tfkd_ray.run.journal import _Journal, open_journal, save_journal
 from tfkd_ray.run.priors import prior_trials
+from tfkd_ray.run.rungs import Rungs
 from tfkd_ray.run.searcher import (
     OptunaSearcher,
-    Rungs,
     StudyStopping,
     copy_trials,
     take_saved_journal,
 )
-from tfkd_ray.run.studies import open_journal, save_journal
 from tfkd_ray.run.tune import disk_trouble
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml
@@ -169,7 +168,7 @@ def test_states_are_true(journal: Path) -> None:
         *[TrialState.FAIL] * 4,
     ]
     assert found[0].value == value({"optim": {"lr": found[0].params["optim.lr"]}}, 9)
-    assert sorted(found[1].intermediate_values) == [1, 2, 3]
+    assert sorted(found[1].intermediate_values) == [3]
     assert [t.user_attrs.get("reason") for t in found[2:]] == [
         "ArithmeticError: nan at epoch 2",
         "its process was lost",
@@ -228,8 +227,9 @@ def test_the_sequence_of_proposals_is_a_function_of_the_study(tmp_path: Path) ->
 
 
 def test_an_unfinished_trial_keeps_its_values_and_is_not_judged_twice(journal: Path) -> None:
-    run_sweep(OptunaSearcher(space(stopping="none"), journal), kill_at=7)
-    searcher = OptunaSearcher(space(stopping="none"), journal)
+    s = space(stopping="none", report="all")
+    run_sweep(OptunaSearcher(s, journal), kill_at=7)
+    searcher = OptunaSearcher(s, journal)
     config = searcher.suggest("again")
     assert isinstance(config, dict) and config["trial"]["number"] == 7
     for epoch in (1, 2):
@@ -251,7 +251,7 @@ def test_a_trial_that_ends_while_it_is_paused_is_pruned_if_it_has_told_an_epoch(
         run_trial(searcher, trial_id, config, upto=epochs)
         searcher.on_trial_complete(trial_id)
     told, untold = trials(journal)
-    assert told.state == TrialState.PRUNED and list(told.intermediate_values) == [1, 2]
+    assert told.state == TrialState.PRUNED and list(told.intermediate_values) == [2]
     assert (untold.state, untold.user_attrs["reason"]) == (
         TrialState.FAIL,
         "ended without a result",
@@ -293,7 +293,7 @@ def test_behind_rays_wrappers_a_restored_searcher_proposes_no_trial_twice(
 
 @pytest.mark.parametrize("epochs", [[-1, 0, 1], [-3, -2, -1], [0.0, 1.0, 2.0]])
 def test_epochs_below_zero_or_with_a_point_end_no_sweep(journal: Path, epochs: list[float]) -> None:
-    searcher = OptunaSearcher(space(stopping="none"), journal)
+    searcher = OptunaSearcher(space(stopping="none", report="all"), journal)
     searcher.suggest("a")
     for count, epoch in enumerate(epochs, start=1):
         result = {"epoch": epoch, "val_accuracy": 0.5, "training_iteration": count}
@@ -316,7 +316,7 @@ def test_epochs_below_zero_or_with_a_point_end_no_sweep(journal: Path, epochs: l
 def test_numbers_of_torch_and_python_are_numbers_as_metric_and_as_epoch(
     journal: Path, kind: Callable[[float], Any]
 ) -> None:
-    searcher = OptunaSearcher(space(stopping="none"), journal)
+    searcher = OptunaSearcher(space(stopping="none", report="all"), journal)
     searcher.suggest("a")
     for epoch in range(1, EPOCHS + 1):
         result = {"epoch": kind(epoch), "val_accuracy": kind(0.5), "training_iteration": epoch}
@@ -476,6 +476,7 @@ def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_
         "search": {
             "num_samples": 8,
             "stopping": "none",
+            "report": "all",
             "sampler": {"name": sampler, "startup": 3},
         },
     }
@@ -504,29 +505,32 @@ def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_
     assert os.path.lexists(tmp_path / "study.journal.replaced") == stands
 
 
-@pytest.mark.parametrize("use", ["append_logs", "read_logs"])
+@pytest.mark.parametrize("use", ["_write", "_unread"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_journal_that_is_deleted_at_the_moment_of_its_use_is_noticed_at_once(
     journal: Path, monkeypatch: pytest.MonkeyPatch, use: str, when: str
 ) -> None:
     searcher = OptunaSearcher(space(num_samples=6), journal)
     run_sweep(searcher, most=2)
-    real = getattr(JournalFileBackend, use)
+    real = getattr(_Journal, use)
 
-    def harmed(backend: JournalFileBackend, given: Any) -> Any:
+    def harmed(*given: Any, **more: Any) -> Any:
         if when == "before":
             journal.unlink()
-        found = list(real(backend, given) or [])
+        found = real(*given, **more)
+        found = found if isinstance(found, int) else list(found)
         journal.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(JournalFileBackend, use, harmed)
+    monkeypatch.setattr(_Journal, use, harmed)
     with pytest.raises(
         OSError, match=r"was (deleted|cut.*) while the sweep ran; what the search knows is in"
     ):
         searcher.suggest("id2")
+        searcher.close()
+        searcher.remaining()
     monkeypatch.undo()
-    assert take_saved_journal(journal) and len(trials(journal)) == 2
+    assert take_saved_journal(journal) and len(trials(journal)) in (2, 3)
 
 
 def test_a_journal_to_which_others_append_or_that_is_put_back_as_it_was_is_not_lost(
@@ -683,23 +687,22 @@ def test_a_killed_driver_changes_no_proposal_of_any_sampler(
 
 
 @pytest.mark.parametrize(
-    "sampler",
-    long_after(2, [s for s in SAMPLERS if s["name"] != "cmaes"]),
-    ids=lambda s: "-".join(map(str, s.values())),
+    "sampler", long_after(2, SAMPLERS), ids=lambda s: "-".join(map(str, s.values()))
 )
 @pytest.mark.slow
-def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler_but_cmaes(
+def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler(
     tmp_path: Path, sampler: dict[str, Any]
 ) -> None:
     journal = tmp_path / "a"
     whole = run_sweep(OptunaSearcher(plain(sampler), journal))
     lines = journal.read_bytes().splitlines(keepends=True)
     numbered = [i for i, line in enumerate(lines) if b'"number"' in line]
+    before = 4 if sampler["name"] == "gp" else 0  # of others, a proposal is one line
     for n in (3, 7):  # a random one, and one of the model
-        for cut in range(numbered[n] - 4, numbered[n] + 1):
+        for cut in range(numbered[n] - before, numbered[n] + 1):
             journal.write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
             after = run_sweep(OptunaSearcher(plain(sampler), journal), most=1)
-            assert after == [whole[n]] or cut == numbered[n] - 4
+            assert after == [whole[n]] or (before and cut == numbered[n] - before)
 
 
 @pytest.mark.parametrize("sampler", long_after(1, MODELS), ids=lambda s: s["name"])
@@ -970,21 +973,17 @@ def test_a_trial_that_was_tried_again_counts_once_at_a_rung(journal: Path) -> No
     study = searcher.studies()[0]
     came = [t.intermediate_values[1] for t in study.trials if 1 in t.intermediate_values]
     assert sorted(came) == [0.8, 0.9, 0.9]
-    rungs = Rungs([[1, 3]], 2)
-    values = {
-        0.9: False,
-        0.8: True,
-    }  # of two trials, the better continues; counted three times, 0.8 would still be behind
+    rungs = Rungs([[1, 3]], 2, maximize=True)
     for trial in study.get_trials(deepcopy=False):
-        if 1 in trial.intermediate_values:
-            assert rungs.prune(study, trial) == values[trial.intermediate_values[1]]
+        rungs.take_all(0, trial.user_attrs["number"], trial.intermediate_values)
+    # of two trials, the better continues; counted three times, 0.8 would still be behind
+    numbers = {t.intermediate_values[1]: t.user_attrs["number"] for t in study.trials[:2]}
+    assert {value: rungs.stops(0, n, 1) for value, n in numbers.items()} == {0.9: False, 0.8: True}
     three = [*came, 0.85, 0.7]
     assert len(three) // 2 == 2  # with the attempt counted twice, 0.85 would be third and stop
-    trial = study.ask()
-    trial.report(0.85, 1)
-    other = study.ask()
-    other.report(0.7, 1)
-    assert not rungs.prune(study, study.get_trials(deepcopy=False)[trial.number])
+    rungs.take(0, 90, 1, 0.85)
+    rungs.take(0, 91, 1, 0.7)
+    assert not rungs.stops(0, 90, 1) and rungs.stops(0, 91, 1)
 
 
 # --- earlier experiments

@@ -110,7 +110,7 @@ def test_a_trial_that_is_asked_to_stop_ends_after_its_epoch_as_pruned_and_keeps_
     (ended,) = trials(found.folder / "study.journal")
     assert ended.state == TrialState.PRUNED
     if metric == "val_accuracy":
-        assert ended.value == value(trial.config, 3) and len(ended.intermediate_values) == 3
+        assert ended.value == value(trial.config, 3) and 3 in ended.intermediate_values
     record = read_record(found.folder / "trials" / name)
     assert (record.status, record.reason) == ("stopped", f"{BY_COMMAND} after epoch 3")
     assert len(read_metrics(record.folder)) == 3

@@ -24,9 +24,11 @@ import ray
 from conftest import Run
 from test_search import run_sweep, space
 
+from tfkd_ray.run import journal as journal_file
 from tfkd_ray.run import studies
+from tfkd_ray.run.journal import drop_stale_locks, open_journal
 from tfkd_ray.run.searcher import OptunaSearcher
-from tfkd_ray.run.studies import drop_stale_locks, open_journal, open_storage, whole_url
+from tfkd_ray.run.studies import open_storage, whole_url
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml
@@ -114,7 +116,7 @@ def lock(journal: Path) -> Path:
 def test_a_lock_that_a_killed_driver_left_is_removed(
     journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "LOCK_S", 0.2)
+    monkeypatch.setattr(journal_file, "LOCK_S", 0.2)
     rest = journal.with_name("study.journal.lock5ca2.rename")
     rest.symlink_to(journal)
     young, other = lock(journal), journal.with_name("another.journal.lock")
@@ -123,7 +125,7 @@ def test_a_lock_that_a_killed_driver_left_is_removed(
     drop_stale_locks(journal)
     assert not young.is_symlink() and not rest.is_symlink() and other.exists()
     assert 0.2 <= time.monotonic() - start < 2
-    monkeypatch.setattr(studies, "LOCK_S", 60)
+    monkeypatch.setattr(journal_file, "LOCK_S", 60)
     os.utime(lock(journal), (0, 0), follow_symlinks=False)  # old: nothing to wait for
     drop_stale_locks(journal)
     drop_stale_locks(journal)
@@ -143,7 +145,7 @@ def test_a_lock_that_somebody_holds_is_waited_for_and_not_taken_away(journal: Pa
     with ThreadPoolExecutor(1) as pool:
         writer, start = pool.submit(write), time.monotonic()
         drop_stale_locks(journal)
-        assert 0.25 < time.monotonic() - start < studies.LOCK_S
+        assert 0.25 < time.monotonic() - start < journal_file.LOCK_S
         writer.result()
 
 

@@ -30,7 +30,7 @@ from tfkd_ray.run import connect as cluster
 from tfkd_ray.run.callbacks import Lock, Losses, NoNodeLeft, Recorder
 from tfkd_ray.run.connect import check_ray, check_room
 from tfkd_ray.run.epochs import is_of_broken_gpu
-from tfkd_ray.run.studies import open_journal
+from tfkd_ray.run.journal import open_journal
 from tfkd_ray.run.tune import TeacherFailed, _overridden, build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.listener import Announcer
@@ -112,7 +112,8 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(
     assert best.metrics_dataframe is not None and list(best.metrics_dataframe["epoch"]) == [1, 2, 3]
     experiment = tmp_path / "e"
     assert {p.name for p in experiment.iterdir()} == {
-        "experiment.yaml", "study.journal", "spent.json", "trials", "tb", "driver.lock", "driver.txt",
+        "experiment.yaml", "study.journal", "spent.json", "ended.jsonl", "trials", "tb", "driver.lock",
+        "driver.txt",
     }  # fmt: skip
     records = read_records(experiment)
     assert [r.name for r in records] == [
@@ -406,8 +407,10 @@ def test_two_drivers_that_begin_in_the_same_second_stage_their_files_apart(
         folders = {Path(result.path) for result in grid}
         assert folders == {record.folder for record in read_records(tmp_path / place / "e")}
         assert all((folder / "result.json").read_text() for folder in folders)
-        states = list((tmp_path / place / "e/trials").glob("experiment_state-*.json"))
-        assert len(states) == 1 and grid.experiment_path == str(tmp_path / place / "e/trials")
+        folder = tmp_path / place / "e/trials"
+        (state,) = folder.glob("experiment_state-*.json")
+        assert state.read_text() == '{"trial_data": []}'  # it grows, and nothing reads it
+        assert grid.experiment_path == str(folder)
 
 
 def test_rays_asha_is_selectable_as_its_docs_show(ray_cluster: str, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from ray.tune.search import Repeater
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
+from tfkd_ray.run.journal import open_journal
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
-from tfkd_ray.run.studies import open_journal
 from tfkd_ray.run.tune_space import tune_space
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.tensorboard import TensorBoard

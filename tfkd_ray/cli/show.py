@@ -311,16 +311,17 @@ def best_verb(args: Namespace) -> int:
     import json
 
     from tfkd_ray.settings.yaml import dump_yaml
-    from tfkd_ray.show.status import best_lines, best_of, front_of, read_lasts
+    from tfkd_ray.show.status import best_lines, best_of, front_of, read_all
     from tfkd_ray.store.storage import experiment_of
 
     experiment = experiment_of(args.experiment).folder
     winner, plan = best_of(experiment)
-    front, records = [winner], read_lasts(experiment)
+    front, records = [winner], read_all(experiment).records
     if len(plan.metrics) > 1:
+        from tfkd_ray.store.ended import in_full
         from tfkd_ray.store.experiment import pareto
 
-        front = pareto(records, plan.metrics, plan.limits)
+        front = list(map(in_full, pareto(records, plan.metrics, plan.limits)))
         if not front:
             raise ConfigError(
                 f"no trial of full length has a value of {' and of '.join(plan.metrics)}",

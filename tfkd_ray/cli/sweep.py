@@ -193,11 +193,12 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print the best trial beside the best baseline; after a full sweep also the next step."""
     from tfkd_ray.show.receipt import receipt_lines
     from tfkd_ray.space.search_config import Grid
-    from tfkd_ray.store.experiment import best, furthest, read_records
+    from tfkd_ray.store.ended import read_briefs
+    from tfkd_ray.store.experiment import best, furthest
 
-    records = read_records(experiment)
+    records, gone = read_briefs(experiment)
     count = Counter(record.status for record in records)
-    _print_counts(records, count, experiment)
+    _print_counts(records, count, experiment, gone)
     winner = best(records, space.search.metric, space.search.limits)
     if winner is None:
         begun = (
@@ -232,10 +233,12 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     return OK
 
 
-def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: Path) -> None:
+def _print_counts(
+    records: Sequence["Record"], count: Counter[str], experiment: Path, gone: Sequence[str]
+) -> None:
     """Print how the trials ended."""
     from tfkd_ray.show.status import further_counts, spent
-    from tfkd_ray.store.experiment import gone_sentence, gone_trials
+    from tfkd_ray.store.experiment import gone_sentence
 
     cut = "".join(f", {count[s]} {s}" for s in ("interrupted", "paused") if count[s])
     print(
@@ -247,7 +250,7 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
         print(f"  and {further_counts(Counter(run.status for run in runs))} with further seeds")
     if lost := sum(record.lost for record in [*records, *runs]):
         print(f"  {lost} times a process was lost and its trial resumed; this is no failure")
-    if gone := gone_trials(experiment):
+    if gone:
         print(*wrapped(gone_sentence(gone), first="  "), sep="\n")
     failed = [record for record in [*records, *runs] if record.status == "failed"]
     for record in failed[:3]:
@@ -269,6 +272,7 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.show.status import value_text
     from tfkd_ray.space.baselines import doubted, doubts
+    from tfkd_ray.store.ended import in_full
     from tfkd_ray.store.experiment import best
     from tfkd_ray.verdict.limits import is_feasible, limits_text
 
@@ -276,7 +280,7 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     print(f"\nbest: {winner.name}, {metric} {value_text(winner, metric)}")
     if limits:
         _print_limits(limits_text(limits), met=is_feasible(limits, winner.judged))
-    for key, value in winner.parameters.items():
+    for key, value in in_full(winner).parameters.items():
         shown = f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
         print(f"  {key:<34} {shown}")
     for name in ("ce", "lsr"):

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.space import Space
 from tfkd_ray.store import remote
 from tfkd_ray.store.assignment import assigned, without_assignment
+from tfkd_ray.store.ended import (
+    end_record,
+    finished_names,
+    in_full,
+    note_beginning,
+    note_end,
+    read_briefs,
+)
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     STOPPED_BY,
@@ -51,7 +60,6 @@ from tfkd_ray.store.experiment import (
     check_no_links,
     read_metrics,
     read_record,
-    read_records,
     read_spent,
     trials_folder,
     write_record,
@@ -74,6 +82,8 @@ class Recorder(Listener):
         on_note: Say | None = None,
     ) -> None:
         self._lines: dict[str, list[str]] = {}
+        self._took: dict[str, Numbers] = {}
+        self._written: dict[str, Record] = {}
         self._begun: set[str] = set()
         self._paused: set[str] = set()
         self._go_on: dict[str, int] = {}
@@ -85,8 +95,12 @@ class Recorder(Listener):
         folder = self._folder(trial)
         self._make_again(trial)
         metrics = read_metrics(folder)
-        if (folder / "trial.json").exists() and read_record(folder).status == "paused":
-            self._go_on[trial.trial_id] = len(metrics)
+        if (folder / "trial.json").exists():
+            note_beginning(folder)
+            if read_record(folder).status == "paused":
+                self._go_on[trial.trial_id] = len(metrics)
+        seconds = sum(m.get("seconds", 0.0) for m in metrics)
+        self._took[trial.trial_id] = {"seconds": seconds, "began": time.time()}
         self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
         self._make(trial)  # without a half-written line that a crash left
         self._begun.add(trial.trial_id)
@@ -126,6 +140,8 @@ class Recorder(Listener):
         again = self._make_again(trial)
         append_line(self._folder(trial) / "metrics.jsonl", line)
         self._lines.setdefault(trial.trial_id, []).append(line)
+        took = self._took.setdefault(trial.trial_id, {"seconds": 0.0, "began": time.time()})
+        took["seconds"] += metrics.get("seconds", 0.0)
         if again and not metrics.get("done"):
             self._write(trial, "running")
 
@@ -157,13 +173,15 @@ class Recorder(Listener):
     def on_pause(self, trial: Any) -> None:
         self._paused.add(trial.trial_id)
         self._write(trial, "paused")
+        self._list(trial)
 
     def on_end(self, trial: Any) -> None:
         """Drop the run states once the study has the result, except of failed trials."""
         result = trial.last_result or {}
         self._begun.discard(trial.trial_id)
         self._end(trial, result)
-        self._lines.pop(trial.trial_id, None)
+        self._list(trial)
+        self._forget(trial)
         if not result.get("failed"):
             self._over.append(self._folder(trial))
             _drop_states(self._over[-1])
@@ -177,7 +195,18 @@ class Recorder(Listener):
 
     def on_failed(self, trial: Any) -> None:
         self._write(trial, "failed", self._losses.reason(trial))
-        self._lines.pop(trial.trial_id, None)
+        self._list(trial)
+        self._forget(trial)
+
+    def _list(self, trial: Any) -> None:
+        """Add a trial that has ended or paused to the list of such."""
+        lines, took = self._lines.get(trial.trial_id, []), self._took.get(trial.trial_id, {})
+        last = json.loads(lines[-1]) if lines else {}
+        note_end(self._written[trial.trial_id], {**last, **took}, assigned(trial).metrics)
+
+    def _forget(self, trial: Any) -> None:
+        for known in (self._lines, self._took, self._written):
+            known.pop(trial.trial_id, None)
 
     def _ended_by(self) -> str | None:
         """Return why the sweep ends before all trials have."""
@@ -198,21 +227,22 @@ class Recorder(Listener):
     def _write(self, trial: Any, status: str, reason: str | None = None) -> None:
         assignment, config = assigned(trial), without_assignment(trial.config)
         self._make_again(trial)
-        write_record(
-            Record(
-                folder=self._folder(trial),
-                number=assignment.number,
-                name=assignment.name,
-                objective=str(own_code.shown_name(config["objective"])),
-                status=status,
-                parameters=dict(assignment.parameters),
-                config=config,
-                reason=reason,
-                lost=self._losses.count(trial),
-                seed_of=assignment.seed_of,
-                seeds=assignment.seeds or 0,
-            )
+        record = Record(
+            folder=assignment.folder,
+            number=assignment.number,
+            name=assignment.name,
+            objective=str(own_code.shown_name(config["objective"])),
+            status=status,
+            parameters=dict(assignment.parameters),
+            config=config,
+            reason=reason,
+            lost=self._losses.count(trial),
+            seed_of=assignment.seed_of,
+            seeds=assignment.seeds or 0,
         )
+        known, self._written[trial.trial_id] = self._written.get(trial.trial_id), record
+        if record != known or not (record.folder / "trial.json").exists():
+            write_record(record)
 
     def __getstate__(self) -> Tree:
         return {**self.__dict__, "_note": None}
@@ -389,26 +419,30 @@ class Losses(Listener):
         return {**self.__dict__, "_since": {}, "_clock": None, "_note": None}
 
 
-def spent_so_far(experiment: Path, *, workers: Numbers) -> Numbers:
+def spent_so_far(
+    experiment: Path, *, workers: Numbers, records: Sequence[Record] | None = None
+) -> Numbers:
     """Return what an experiment has spent, by budget: seconds, GPU-hours, CPU-hours, failed trials.
 
     Hours are the larger of two sums, times the `gpus` and `cpus` of a trial in `workers`: the
     durations of the epochs in metrics.jsonl, or the time that drivers counted, which includes
     epochs that were not reported. Seconds are the running time of all drivers.
+
+    Args:
+        records: its trials. None: they are read.
     """
-    records = [run for record in read_records(experiment) for run in record.runs]
+    records = read_briefs(experiment).records if records is None else records
+    runs = [run for record in records for run in record.runs]
     counted = read_spent(experiment)
     hours = (
-        max(
-            sum(m.get("seconds", 0.0) for r in records for m in r.metrics), counted["trial_seconds"]
-        )
+        max(sum(m.get("seconds", 0.0) for r in runs for m in r.metrics), counted["trial_seconds"])
         / 3600
     )
     return {
         "time_budget_s": counted["seconds"],
         "gpu_hours": hours * workers["gpus"],
         "cpu_hours": hours * workers["cpus"],
-        "max_failed_trials": sum(r.status == "failed" for r in records),
+        "max_failed_trials": sum(r.status == "failed" for r in runs),
     }
 
 
@@ -429,16 +463,20 @@ def workers_of(tree: Values) -> Numbers:
     }
 
 
-def failed_names(experiment: Path) -> set[str]:
+def failed_names(records: Iterable[Record]) -> set[str]:
     """Return the names of the trials, and of runs with further seeds, that have failed."""
-    runs = (run for record in read_records(experiment) for run in record.runs)
+    runs = (run for record in records for run in record.runs)
     return {run.name for run in runs if run.status == "failed"}
+
+
+SPENT_S = 1.0
+"""Seconds between two times that spent.json is written."""
 
 
 class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     """Stops a sweep when a budget of its `search` is spent: trials save, and can be resumed.
 
-    The time since a running trial's last report counts, so no trial runs past its current epoch.
+    The time since a running trial's last report counts, so no trial runs past its current message.
     """
 
     reason: str | None = None
@@ -461,10 +499,12 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         )
         self._searcher: OptunaSearcher | None = searcher
         self._workers = workers_of(space.tree)
-        self._before = spent_so_far(experiment, workers=self._workers)
+        records = read_briefs(experiment).records
+        self._before = spent_so_far(experiment, workers=self._workers, records=records)
         self._began = clock()
-        self._failed = failed_names(experiment) - searcher.waiting_names()
+        self._failed = failed_names(records) - searcher.waiting_names()
         self._told = 0.0
+        self._wrote = -math.inf
         self._since: Numbers = {}
 
     def spent(self) -> Numbers:
@@ -507,7 +547,8 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def on_result(self, trial: Any, result: Tree) -> None:
         if result.get("failed"):
             self._failed.add(assigned(trial).name)
-        self._write()
+        if self._clock() - self._wrote >= SPENT_S:
+            self._write()
 
     def on_end(self, trial: Any) -> None:
         self._since.pop(trial.trial_id, None)
@@ -534,6 +575,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         return self._told + sum(now - since for since in self._since.values())
 
     def _write(self) -> None:
+        self._wrote = self._clock()
         before = self._before["cpu_hours"] / self._workers["cpus"] * 3600
         counted = {
             "seconds": self.spent()["time_budget_s"],
@@ -550,13 +592,12 @@ def _end_paused(experiment: Path, searcher: OptunaSearcher) -> None:
     """Record as stopped what an earlier session paused, and this one has ended without it."""
     if not searcher.pauses:
         return
-    for folder in trials_folder(experiment).glob("*"):
-        if not (folder / "trial.json").exists():
-            continue
-        record = read_record(folder)
-        if record.status == "paused" and record.number not in searcher.paused():
-            write_record(replace(record, status="stopped"))
-            _drop_states(folder)
+    paused = searcher.paused()
+    for record in read_briefs(experiment).records:
+        if record.status == "paused" and record.number not in paused:
+            ended = replace(in_full(record), status="stopped")
+            end_record(ended, searcher.space.search.measured)
+            _drop_states(record.folder)
 
 
 class SoftLabels(Listener):
@@ -668,7 +709,8 @@ class Lock(Listener):
         self._take(storage, name)
 
     def _take(self, storage: Storage, name: str) -> None:
-        check_no_links(self._experiment)
+        finished = finished_names(self._experiment)
+        check_no_links(self._experiment, finished)
         self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
         self.claim: remote.Claim | None = None
         try:
@@ -696,12 +738,9 @@ class Lock(Listener):
         except BaseException:
             self._lock.release()
             raise
-        trials = trials_folder(self._experiment).glob("*")
-        for folder in (
-            self._experiment,
-            self._experiment / STOPS,
-            *trials,
-        ):  # of a killed driver or trial
+        trials = [f for f in trials_folder(self._experiment).glob("*") if f.name not in finished]
+        # of a killed driver or trial
+        for folder in (self._experiment, self._experiment / STOPS, *trials):
             if not folder.is_symlink():
                 remove_left_behind(folder, age_s=1)
         write_text(

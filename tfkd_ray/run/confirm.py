@@ -36,6 +36,7 @@ from tfkd_ray.run.tune import (
     OnTeacherEpoch,
     SharingFifo,
     assemble,
+    only_ours,
     prepare,
     train_teachers,
 )
@@ -189,6 +190,7 @@ def comparison_tuner(
             lock, TensorBoard(directory / "tb"), losses, callbacks, stops=stops, on_note=on_note
         ),
         max_failures=2,
+        buffered=only_ours(callbacks),
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import json
 import logging
 import os
 import signal
@@ -27,7 +28,7 @@ from tfkd_ray.learn.config import DRIVER as DRIVER
 from tfkd_ray.learn.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.run.auth import own_token, token, token_file
 from tfkd_ray.settings.errors import ConfigError, Say, Sentences, Unreachable
-from tfkd_ray.settings.files import opened, read_at_most
+from tfkd_ray.settings.files import opened, read_at_most, write_text
 from tfkd_ray.settings.own_code import before_the_library, safe_path
 from tfkd_ray.settings.passwords import shown
 from tfkd_ray.settings.yaml import Numbers
@@ -283,6 +284,28 @@ def object_store_here() -> int:
     here = ray.get_runtime_context().get_node_id()
     found = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
     return int(found[0].get("object_store_memory", 0)) if found else 0
+
+
+def skip_snapshots(tune_controller: Any) -> None:
+    """Let Ray write an empty snapshot of an experiment.
+
+    Ray has no setting for that, and needs the file to return a `ResultGrid`. The controller that a
+    scheduler gets wraps the real one.
+    """
+    controller: Any = getattr(tune_controller, "_tune_controller", None)
+
+    def save_to_dir() -> None:
+        write_text(Path(controller.experiment_state_path), json.dumps({"trial_data": []}))
+
+    if controller is not None:
+        controller.save_to_dir = save_to_dir
+
+
+def report_each_epoch(trial: Any) -> None:
+    """Let a lost trial report every epoch at once: losses in the same epoch are counted."""
+    assignment = assigned(trial)
+    epochs = tuple(range(1, assignment.epochs + 1))
+    trial.config[SECTION] = replace(assignment, judged=epochs).section()
 
 
 _started: list[str] = []

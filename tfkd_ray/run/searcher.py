@@ -36,17 +36,21 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.images import address
-from tfkd_ray.run.connect import caller_argument, give_larger_share, send_elsewhere
+from tfkd_ray.run.connect import (
+    caller_argument,
+    give_larger_share,
+    report_each_epoch,
+    send_elsewhere,
+)
 from tfkd_ray.run.finalists import FURTHER, FurtherSeed, FurtherSeeds
+from tfkd_ray.run.journal import REPLACED, SAVED, drop_stale_locks, open_journal, together
 from tfkd_ray.run.priors import Prior, prior_trials
+from tfkd_ray.run.rungs import Rungs, first_step
 from tfkd_ray.run.studies import (
-    REPLACED,
-    SAVED,
-    EachOnce,
+    Seen,
+    SeenStorage,
     close_storage,
     database,
-    drop_stale_locks,
-    open_journal,
     open_storage,
     without_password,
 )
@@ -58,10 +62,11 @@ from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.show.listener import Epochs
 from tfkd_ray.space import fronts
 from tfkd_ray.space.finalists import Candidate, finalists
-from tfkd_ray.space.pausing import Action, Entrant, next_action
+from tfkd_ray.space.pausing import Action, Entrant, Ladder
 from tfkd_ray.space.plain import PlainSpace, parameters_from, plain_space, search_settings
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
 from tfkd_ray.space.search_config import (
+    Asha,
     CmaEs,
     Gp,
     Grid,
@@ -99,27 +104,34 @@ class _Live:
     """A running trial: its place in a study and the epochs reported, in all sessions."""
 
     def __init__(
-        self, study: Study, trial: Trial, reported: set[int], run: FurtherSeed | None = None
+        self, study: Study, trial: Trial, known: FrozenTrial, run: FurtherSeed | None = None
     ) -> None:
-        self.study, self.trial, self.reported = study, trial, reported
+        self.study, self.trial, about = study, trial, known.user_attrs
         self.run = run
         """Which further seed of which finalist it is; None: a trial of the search."""
-        self.before = max(reported, default=0)
+        self.number: int = about["number"]
+        self.bracket: int = about.get("bracket", 0)
+        self.reported = set(known.intermediate_values)
+        """The epochs of which the study has the value."""
+        self.before = max(self.reported, default=0)
+        self.judged = int(about.get("judged", 0))
+        """The last epoch after which a rung let it continue."""
+        self.counts_from_0 = 0 in self.reported
         self.epochs = Epochs()
         self.told: Any = None
         """Ray's iteration of the last result that did not end the trial."""
         self.stopped = False
         """True once the study has decided that the trial should stop, or pause."""
-        self.promoted = int(trial.user_attrs.get("promoted", 0))
+        self.promoted = int(about.get("promoted", 0))
         """The highest rung from which the trial may go on."""
         self.rung = 0
         """The rung at which it should pause."""
-        self.last: Values = {}
-        """Its result there."""
+        self.last: Tree = {}
+        """Its last result."""
 
     def tell(self, values: Any = None, state: TrialState | None = None) -> None:
         """Record the end of the trial in its study; repeating it changes nothing."""
-        self.study.tell(self.trial.number, values, state, skip_if_finished=True)
+        self.study.tell(self.trial, values, state, skip_if_finished=True)
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
@@ -238,7 +250,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._group_of: dict[int, int] = {}
         self._counts: collections.Counter[int] = collections.Counter()
         self._next = 0
-        self._entrants: list[dict[int, Entrant]] = []
+        self._ladder = Ladder(0, (), 1, maximize=True)
+        self._seen: list[Seen] = []
+        self._rungs: list[Rungs | None] = []
         self._action: Action | None = None
         self._further: FurtherSeeds | None = None
         self._held: dict[int, str] = {}
@@ -297,7 +311,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if not self._asked:
             self._asked = True
             self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
-        studies = self._open()
+        self._open()
         action = self.next_action()
         if action.what == "end":
             self.finish()
@@ -315,41 +329,63 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             n = self._next
             self._next += 1
         number = self._started.pop(n, None)
-        g, k = (self._group_of[n], 0) if number is not None else self._deal(n)
-        group, study = self.space.groups[g], studies[g]
         if number is None:
-            sampler = self._sampler(n, g, k)
-            study.sampler = (
-                EachOnce(sampler, study.study_name, self._storage) if self.pauses else sampler
-            )
-            trial, reported = study.ask(), set[int]()
-            if isinstance(self.space.stopping, Hyperband):
-                trial.set_user_attr("bracket", self.space.stopping.bracket(self.space.epochs, k))
+            self._live[trial_id], values, config = self._begin(n)
+            if self._follows:
+                self._notice(n, Entrant(n, "running"))
         else:
-            trial = self._again(study, number)
-            reported = set(_trials(study)[number].intermediate_values)
-        branch, values = group.values(trial)
-        config = branch.config(values) if isinstance(self.space, Space) else None
-        name = f"t{n:04d}" if config is None else f"t{n:04d}-{config.objective.called}"
-        if number is None:
-            trial.set_user_attr("name", name)
-            trial.set_user_attr("number", n)  # last: now the proposal is complete
-        self._live[trial_id] = _Live(study, trial, reported)
-        if number is None:
-            self._notice(n, Entrant(n, "running"))
+            live = self._live[trial_id] = self._continued(n, number)
+            values, config = self._proposal(n, live.trial)
         if config is None:
             assert isinstance(self.space, PlainSpace), f"{self.space=}"
             return self.space.filled(values)
+        name = _name_of(n, config)
         assignment = Assignment(
             number=n,
             name=name,
             epochs=config.epochs,
             parameters=values,
             metrics=self.space.search.measured,
+            judged=tuple(self.space.rungs),
             directory=None if self.folder is None else self.folder / name,
             more=self.place,
         )
         return {SECTION: assignment.section(), **config.tree}
+
+    def _begin(self, n: int) -> tuple[_Live, Values, TrainConfig | None]:
+        """Ask a study for trial n, and note its name and number there."""
+        g, k = self._deal(n)
+        study, space = self._open()[g], self.space
+        sampler = self._sampler(n, g, k)
+        seen: Any = SeenStorage(self._storage, self._seen[g])
+        # this model may take long, and others break the lock of a journal after 30 s
+        is_slow = isinstance(space.sampler, Gp)
+        with contextlib.nullcontext() if is_slow else together(self._storage):
+            trial = Study(study.study_name, seen, sampler=sampler, pruner=study.pruner).ask()
+            if isinstance(space.stopping, Hyperband):
+                trial.set_user_attr("bracket", space.stopping.bracket(space.epochs, k))
+            values, config = self._proposal(n, trial)
+            trial.set_user_attr("name", _name_of(n, config))
+            trial.set_user_attr("number", n)  # last: now the proposal is complete
+        live = self._continued(n, trial.number)
+        self._see(live)
+        return live, values, config
+
+    def _proposal(self, n: int, trial: Trial) -> tuple[Values, TrainConfig | None]:
+        """Return the values of a trial, and its configuration; None for a plain dictionary."""
+        branch, values = self.space.groups[self._group_of[n]].values(trial)
+        return values, branch.config(values) if isinstance(self.space, Space) else None
+
+    def _continued(self, n: int, number: int) -> _Live:
+        """Return trial n, which its study has already under a number of its own."""
+        study = self._open()[self._group_of[n]]
+        trial = self._again(study, number)
+        return _Live(study, trial, self._known(trial))
+
+    def _known(self, trial: Trial) -> FrozenTrial:
+        """Return what a study knows of one of its trials."""
+        found: FrozenTrial = self._storage.get_trial(trial._trial_id)
+        return found
 
     def on_trial_result(self, trial_id: str, result: Tree) -> None:
         """Write the epoch's value to the study."""
@@ -366,11 +402,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         live = self._live.pop(trial_id, None)
         if live is None:
             return
-        result = result or {}
-        failed = self._failure(trial_id, result, error)
-        if result and not failed:
-            self._put(live, result)
-        if failed or not (result or live.reported):
+        failed = self._failure(trial_id, result or {}, error)
+        with together(self._storage):
+            self._tell_end(live, result or {}, failed)
+        self._notice_end(live)
+
+    def _tell_end(self, live: _Live, result: Tree, failed: str) -> None:
+        if not failed:
+            self._put(live, result or live.last, is_last=True)
+        if failed or not (result or live.last or live.reported):
             self._fail(live, failed or "ended without a result")
         elif result and self._is_whole(live, result):
             self._limit(live.trial, result)
@@ -378,7 +418,6 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         else:
             self._limit(live.trial, result)
             live.tell(state=TrialState.PRUNED)
-        self._notice_end(live)
 
     def _limit(self, trial: Trial, metrics: Values) -> None:
         """Tell the study by how much a trial that ends exceeds its constraints."""
@@ -386,7 +425,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if not metrics or not limits:
             return
         # known already if the driver was killed between this and the end of the trial
-        known = _trials(trial.study)[trial.number].constraints
+        known = self._known(trial).constraints
         for name, excess in excesses(limits, metrics).items():
             if name not in known:
                 trial.set_constraint(name, excess)
@@ -425,7 +464,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         by_itself = by_itself and not result.get(STOPPED_BY)
         epoch, last = (
             live.epochs.of(result),
-            self.space.epochs - (1 if 0 in live.reported else 0),
+            self.space.epochs - (1 if live.counts_from_0 else 0),
         )  # some count from 0
         return by_itself or bool(result.get(FULL_LENGTH)) or (epoch is not None and epoch >= last)
 
@@ -441,7 +480,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         numbers, further = dict[str, int](), dict[str, str]()
         for i, live in self._live.items():
             if live.run is None:
-                numbers[i] = live.trial.user_attrs["number"]
+                numbers[i] = live.number
             else:
                 further[i] = live.trial.user_attrs["name"]
         state: Tree = {"journal": str(self.journal), "trials": numbers}
@@ -495,21 +534,40 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         live = self._live.get(trial_id)
         if live is None:
             return False
-        fresh = self._put(live, result)
+        with together(self._storage):
+            return self._report(live, result)
+
+    def _report(self, live: _Live, result: Tree) -> bool:
+        fresh, live.last = self._put(live, result), result
         epoch = live.epochs.of(result)
+        live.counts_from_0 |= epoch == 0
         if epoch is None or epoch >= self.space.epochs or live.run is not None:
             return False
         if self.pauses and self.judges:  # with another scheduler, nothing would pause
             value = as_number(result.get(self.space.search.metric))
-            live.stopped, live.last = self._pauses_at(live, epoch, value), result
+            live.stopped = self._pauses_at(live, epoch, value)
             return live.stopped
         if self.space.search.more_metrics:
             live.stopped = self._stops_by_fronts(live, epoch, result)
             return live.stopped
-        if not fresh and not (epoch == live.before and epoch in live.reported):
+        again = epoch == live.before and epoch in live.reported and epoch > live.judged
+        if fresh or again:
+            live.stopped = self._stops_at(live, epoch)
+        return live.stopped and (fresh or again)
+
+    def _stops_at(self, live: _Live, epoch: int) -> bool:
+        """Return True if a trial should stop after an epoch of which the study has the value."""
+        rungs = self._rungs[self._group_of[live.number]]
+        if rungs is None:  # of Optuna's own pruner
+            return bool(live.trial.should_prune())
+        rung = rungs.at(live.bracket, epoch, live.reported - {epoch})
+        if rung is None:
             return False
-        live.stopped = bool(live.trial.should_prune())
-        return live.stopped
+        if rungs.stops(live.bracket, live.number, rung):
+            return True
+        live.judged = epoch
+        live.trial.set_user_attr("judged", epoch)
+        return False
 
     def _stops_by_fronts(self, live: _Live, epoch: int, result: Tree) -> bool:
         """Return True if a trial should stop at a rung, by all metrics; note values and decision.
@@ -550,29 +608,20 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if not self.pauses and (to_start or self._further is None):
             return Action("start" if to_start else "end")
         if self._action is None:
-            self._action = self._next_of(self._entrants, to_start)
+            self._action = self._ladder.next_action(to_start)
             if self._action.what in ("wait", "end") and self._further is not None:
                 self._action = self._next_further(self._further)
         return self._action
 
-    def _next_of(self, groups: Sequence[Mapping[int, Entrant]], to_start: int = 0) -> Action:
-        """Return what is to do in some groups; where trials do not pause, start, wait or end."""
-        stopping = self.space.stopping
-        return next_action(
-            [group.values() for group in groups],
-            self.space.rungs if isinstance(stopping, Pausing) else [],
-            stopping.factor if isinstance(stopping, Pausing) else 1,
-            maximize=self.space.search.mode == "max",
-            to_start=to_start,
-        )
-
     def pause(self, trial_id: str) -> None:
         """Record that a trial has paused at the rung that it has reached."""
         live = self._live.pop(trial_id)
-        n, rung = live.trial.user_attrs["number"], live.rung
-        live.trial.set_user_attr("paused", rung)
-        self._limit(live.trial, live.last)
-        live.tell(state=TrialState.PRUNED)
+        n, rung = live.number, live.rung
+        with together(self._storage):
+            live.trial.set_user_attr("paused", rung)
+            self._limit(live.trial, live.last)
+            live.tell(state=TrialState.PRUNED)
+        self._see(live)
         self._held[n] = trial_id
         self._notice(n, self._entrant(n, state="paused", rung=rung))
 
@@ -582,10 +631,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if action.what != "promote" or action.number not in self._held or not self._has_room():
             return None
         n = action.number
-        trial_id, study = self._held[n], self._open()[self._group_of[n]]
-        number = self._attempt(n, action.rung)
-        reported = set(_trials(study)[number].intermediate_values)
-        self._live[trial_id] = _Live(study, self._again(study, number), reported)
+        trial_id = self._held[n]
+        self._live[trial_id] = self._continued(n, self._attempt(n, action.rung))
         return trial_id
 
     def is_paused(self, trial_id: str) -> bool:
@@ -599,7 +646,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def give_up(self, numbers: Iterable[int]) -> None:
         """Record that paused trials do not go on."""
         for g, study in enumerate(self._open()):
-            mine = [n for n in numbers if n in self._entrants[g]]
+            known = self._ladder.numbers(g)
+            mine = [n for n in numbers if n in known]
             if mine:
                 study.set_user_attr("over", sorted({*study.user_attrs.get("over", []), *mine}))
             for n in mine:
@@ -607,22 +655,30 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def paused(self) -> set[int]:
         """Return the numbers of the trials that are paused and may go on."""
-        return {n for group in self._entrants for n, e in group.items() if e.state == "paused"}
+        return self._ladder.paused()
 
     def _attempt(self, n: int, rung: int) -> int:
         """Add a paused trial to its study again, to run from a rung on; return its number there."""
-        study = self._open()[self._group_of[n]]
-        last = next(t for t in reversed(_trials(study)) if t.user_attrs.get("number") == n)
-        study.add_trial(_running_again(last, promoted=rung))
+        g = self._group_of[n]
+        study, last = self._open()[g], self._seen[g].last(n)
+        number = self._add(study, _running_again(last, promoted=rung))
         self._held.pop(n, None)
         self._notice(n, self._entrant(n, state="running"))
-        return len(_trials(study)) - 1
+        return number
+
+    def _add(self, study: Study, trial: FrozenTrial) -> int:
+        """Add a trial to a study; return its number there."""
+        study_id = self._storage.get_study_id_from_name(study.study_name)
+        added: int = self._storage.get_trial(
+            self._storage.create_new_trial(study_id, template_trial=trial)
+        ).number
+        return added
 
     def _pauses_at(self, live: _Live, epoch: int, value: float | None) -> bool:
         """Return True if a trial should pause after an epoch; note its value at a rung."""
-        n = live.trial.user_attrs["number"]
+        n = live.number
         rung = max((r for r in self.space.rungs if r <= epoch), default=0)
-        seen = _first_step(live.reported, self.space.rungs, rung)
+        seen = first_step(live.reported, self.space.rungs, rung)
         if rung <= live.promoted or seen not in (None, epoch):
             return False
         known = self._entrant(n)
@@ -639,10 +695,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return not goes_on
 
     def _entrant(self, n: int, **changes: Any) -> Entrant:
-        return dataclasses.replace(self._entrants[self._group_of[n]][n], **changes)
+        return dataclasses.replace(self._ladder.entrant(self._group_of[n], n), **changes)
+
+    @property
+    def _follows(self) -> bool:
+        """True if it matters which trials have ended, beside how many have begun."""
+        return self.pauses or self._further is not None
 
     def _notice(self, n: int, entrant: Entrant) -> None:
-        self._entrants[self._group_of[n]][n] = entrant
+        """Tell the rule for pausing what is now known of a trial."""
+        self._ladder.put(self._group_of[n], entrant)
         self._action = None
 
     def _notice_end(self, live: _Live) -> None:
@@ -651,9 +713,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._further.end(live.run)
             self._action = None
             return
-        n = live.trial.user_attrs["number"]
-        state = _trials(live.study)[live.trial.number].state
-        self._notice(n, self._entrant(n, state="whole" if state == TrialState.COMPLETE else "over"))
+        state = self._see(live).state
+        if not self._follows:
+            return
+        ended: Any = "whole" if state == TrialState.COMPLETE else "over"
+        self._notice(live.number, self._entrant(live.number, state=ended))
+
+    def _see(self, live: _Live) -> FrozenTrial:
+        """Let the samplers see a trial as its study knows it; return it."""
+        known = self._known(live.trial)
+        self._seen[self._group_of[live.number]].take(known)
+        return known
 
     def _has_room(self) -> bool:
         return self._most is None or len(self._live) < self._most
@@ -664,7 +734,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Return which finalist runs with a further seed, once its group's trials have ended."""
         settings = self.space.search.finalists
         assert settings is not None, "a search with further seeds"
-        ended = [self._next_of([group]).what == "end" for group in self._entrants]
+        ended = [self._ladder.has_ended(g) for g in range(len(self.space.groups))]
         chosen = [n for g, over in enumerate(ended) if over for n in self._finalists(g, settings.k)]
         run = further.next(chosen, settings.seeds)
         if run is not None:
@@ -714,8 +784,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def _begin_further(self, trial_id: str, run: FurtherSeed, name: str) -> None:
         assert self._further is not None, f"{run=}"
         number, study = self._further.begin(run, name), self._further.study
-        reported = set(_trials(study)[number].intermediate_values)
-        self._live[trial_id] = _Live(study, self._again(study, number), reported, run)
+        trial = self._again(study, number)
+        self._live[trial_id] = _Live(study, trial, self._known(trial), run)
         self._action = None
 
     def note_error(self, trial_id: str, error: BaseException | None) -> None:
@@ -726,7 +796,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def number_of(self, trial_id: str) -> int:
         """Return the number of a running trial; 0 if it is not in a study."""
         live = self._live.get(trial_id)
-        return 0 if live is None else int(live.trial.user_attrs["number"])
+        return 0 if live is None else live.number
 
     def remaining(self) -> int:
         """Return the number of trials still to be proposed, unfinished and new."""
@@ -761,7 +831,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         for prior in priors:
             about = {"params": prior.params, "distributions": prior.distributions}
             about["constraints"] = excesses(self.space.search.limits, prior.metrics)
-            _add_once(studies[prior.group], prior.origin, values=prior.values, **about)
+            self._add_once(studies[prior.group], prior.origin, values=prior.values, **about)
 
     def add_evaluated_point(
         self,
@@ -805,7 +875,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         }
         origin = f"evaluated: {json.dumps(about, sort_keys=True, default=str)}"
         study = self._open()[self.space.groups.index(group)]
-        _add_once(
+        self._add_once(
             study,
             origin,
             state=state,
@@ -820,6 +890,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if len(told) != len(metrics) or not all(is_number(v) for v in told):
             raise ConfigError(f"add_evaluated_point: a number for each of {metrics}, got {value!r}")
 
+    def _add_once(self, study: Study, origin: str, **trial: Any) -> None:
+        """Add a trial from elsewhere to a study that has none of this origin."""
+        there = _trials(study)
+        if all(known.user_attrs.get("prior") != origin for known in there):
+            study.add_trial(create_trial(user_attrs={"prior": origin}, **trial))
+            if self._seen:  # else the studies are being opened
+                g = self._open().index(study)
+                _look_at(_trials(study)[-1], self._seen[g], self._rungs[g])
+
     def is_over(self) -> bool:
         """Return True if no trial runs, and none will."""
         return not self._live and self.next_action().what == "end"
@@ -831,18 +910,20 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             metrics: those of its last epoch.
             name: of a run with a further seed.
         """
-        studies = self._open()
+        self._open()
         if self._further is not None and (run := self._further.called(name)) is not None:
             self._further.end_early(run)
             self._action = None
             return
         known = self._started.pop(number, None)
         if known is not None:
-            study = studies[self._group_of[number]]
-            self._limit(self._again(study, known), metrics)
-            study.tell(known, state=TrialState.PRUNED, skip_if_finished=True)
+            live = self._continued(number, known)
+            with together(self._storage):
+                self._put(live, dict(metrics), is_last=True)
+                self._limit(live.trial, metrics)
+                live.tell(state=TrialState.PRUNED)
             self._todo.remove(number)
-            self._notice(number, self._entrant(number, state="over"))
+            self._notice_end(live)
         elif number in self.paused():
             self.give_up({number})
 
@@ -904,8 +985,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         storage: BaseStorage = self._storage
         return storage
 
-    def _put(self, live: _Live, result: Tree) -> bool:
-        """Write a value; return True if it is new to the study and a number."""
+    def _put(self, live: _Live, result: Tree, *, is_last: bool = False) -> bool:
+        """Write a value that the study keeps; return True if it is new there and a number."""
         epoch, value = live.epochs.of(result), as_number(result.get(self.space.search.metric))
         if self.space.search.more_metrics:  # Optuna keeps no intermediate values then
             return False
@@ -913,9 +994,26 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return False
         if not 0 <= epoch < END_OF_STEPS:  # a study has no such step; what a trial ends with counts
             return False
+        if not (is_last or self._keeps(live, epoch)):
+            return False
+        rungs = None if live.run is not None else self._rungs[self._group_of[live.number]]
+        rung = None if rungs is None else rungs.at(live.bracket, epoch, live.reported)
+        if rungs is not None and rung is not None:
+            rungs.take(live.bracket, live.number, rung, value)
         live.reported.add(epoch)
         live.trial.report(value, epoch)
         return True
+
+    def _keeps(self, live: _Live, epoch: int) -> bool:
+        """Return True if the study keeps the value of an epoch that is not the trial's last."""
+        stopping = self.space.stopping
+        if self.space.search.report == "all" or isinstance(stopping, Median):
+            return True
+        if not isinstance(stopping, Halving) or isinstance(stopping, Asha) or live.run is not None:
+            return False
+        rungs = self._brackets()[live.bracket]
+        rung = max((r for r in rungs if r <= epoch), default=None)
+        return rung is not None and first_step(live.reported, rungs, rung) is None
 
     # --- Optuna
 
@@ -960,6 +1058,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 storage=self._storage,
                 study_name=f"{self.study}/{group.name}",
                 directions=[directions[mode] for mode in self.space.search.modes],
+                sampler=samplers.RandomSampler(seed=0),  # not asked: each proposal has its own
                 pruner=self._pruner(),
                 load_if_exists=True,
             )
@@ -989,6 +1088,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             storage=self._storage,
             study_name=f"{self.study}/{name}",
             directions=[{"max": "maximize", "min": "minimize"}[m] for m in self.space.search.modes],
+            sampler=samplers.RandomSampler(seed=0),
             load_if_exists=True,
         )
 
@@ -1053,14 +1153,43 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._next = max(latest, default=-1) + 1
         self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
         self._counts = collections.Counter(self._group_of.values())
-        self._entrants = [{} for _ in studies]
+        factor, maximize = (
+            getattr(self.space.stopping, "factor", 1),
+            self.space.search.mode == "max",
+        )
+        rungs = self.space.rungs if self.pauses else []
+        self._ladder = Ladder(len(studies), rungs, factor, maximize=maximize)
+        self._look(studies)
         outside = {t.user_attrs.get("number") for t in self._outside}
         over = {n for study in studies for n in study.user_attrs.get("over", [])}
         for n, trial in latest.items():
-            if n not in outside:
+            if self._follows and n not in outside:
                 entrant = _as_entrant(trial, self.space.rungs, over=n in over)
-                self._entrants[self._group_of[n]][n] = entrant
+                self._ladder.put(self._group_of[n], entrant)
         self._action = None
+
+    def _look(self, studies: Sequence[Study]) -> None:
+        """Take up what samplers and rungs see of the studies."""
+        limited = not isinstance(self.space.sampler, CmaEs)
+        self._seen = [Seen(study.directions, limited=limited) for study in studies]
+        self._rungs = [self._new_rungs() for _ in studies]
+        for study, seen, rungs in zip(studies, self._seen, self._rungs, strict=True):
+            for trial in _trials(study):
+                _look_at(trial, seen, rungs)
+
+    def _new_rungs(self) -> Rungs | None:
+        """Return the rungs of a group, of which nothing is known yet; None if none of ours judge."""
+        stopping, maximize = self.space.stopping, self.space.search.mode == "max"
+        if not isinstance(stopping, Halving) or isinstance(stopping, Asha | Pausing):
+            return None
+        return Rungs(self._brackets(), stopping.factor, maximize=maximize)
+
+    def _brackets(self) -> list[list[int]]:
+        """Return the rungs of each halving."""
+        stopping, epochs = self.space.stopping, self.space.epochs
+        if isinstance(stopping, Hyperband):
+            return stopping.brackets(epochs)
+        return [stopping.rungs(epochs)]
 
     def _take_up(self, trial_id: str, n: int) -> None:
         """Leave an unfinished trial to Tune, which resumes it under its old id."""
@@ -1068,10 +1197,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if number is None:
             return
         self._todo.remove(n)
-        assert self._studies is not None, f"{trial_id=}"
-        study = self._studies[self._group_of[n]]
-        reported = set(_trials(study)[number].intermediate_values)
-        self._live[trial_id] = _Live(study, self._again(study, number), reported)
+        self._live[trial_id] = self._continued(n, number)
 
     def _take_up_further(self, trial_id: str, name: str) -> None:
         """Leave an unfinished run with a further seed to Tune, which resumes it under its old id."""
@@ -1098,7 +1224,6 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _again(self, study: Study, number: int) -> Trial:
         """Return a trial of an earlier session, which returns the parameters that it got then."""
-        study.sampler = samplers.RandomSampler(seed=0)  # it samples nothing: all parameters exist
         study_id = self._storage.get_study_id_from_name(study.study_name)
         return Trial(study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
 
@@ -1185,11 +1310,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return points[k]
 
     def _pruner(self) -> pruners.BasePruner:
+        """Return Optuna's pruner, where it has one of this kind; `Rungs` judges the others."""
         stopping, epochs = self.space.stopping, self.space.epochs
-        if isinstance(stopping, Hyperband):
-            return Rungs(stopping.brackets(epochs), stopping.factor)
-        if type(stopping) is Halving:
-            return Rungs([stopping.rungs(epochs)], stopping.factor)
         if isinstance(stopping, Median):
             every = stopping.rungs(epochs)[:1] or [epochs]
             return pruners.MedianPruner(
@@ -1210,11 +1332,17 @@ def _trials(study: Study) -> Any:
     return study.get_trials(deepcopy=False)
 
 
-def _add_once(study: Study, origin: str, **trial: Any) -> None:
-    """Add a trial from elsewhere to a study that has none of this origin."""
-    there = _trials(study)
-    if all(known.user_attrs.get("prior") != origin for known in there):
-        study.add_trial(create_trial(user_attrs={"prior": origin}, **trial))
+def _look_at(trial: FrozenTrial, seen: Seen, rungs: Rungs | None) -> None:
+    """Take up what a sampler and the rungs see of a trial."""
+    seen.take(trial)
+    if rungs is not None and trial.intermediate_values:
+        about = trial.user_attrs
+        who = about.get("number", (trial.number,))
+        rungs.take_all(about.get("bracket", 0), who, trial.intermediate_values)
+
+
+def _name_of(n: int, config: TrainConfig | None) -> str:
+    return f"t{n:04d}" if config is None else f"t{n:04d}-{config.objective.called}"
 
 
 def _as_told(value: Any) -> str:
@@ -1250,7 +1378,7 @@ def _as_entrant(trial: FrozenTrial, rungs: Sequence[int], *, over: bool) -> Entr
     """
     about, values = trial.user_attrs, trial.intermediate_values
     n, rung = about["number"], about.get("paused", 0)
-    found = {r: values[step] for r in rungs if (step := _first_step(values, rungs, r)) is not None}
+    found = {r: values[step] for r in rungs if (step := first_step(values, rungs, r)) is not None}
     if not trial.state.is_finished():
         return Entrant(n, "running", found, rung)
     if trial.state == TrialState.COMPLETE:
@@ -1259,54 +1387,6 @@ def _as_entrant(trial: FrozenTrial, rungs: Sequence[int], *, over: bool) -> Entr
     if rung > about.get("promoted", 0):
         found.setdefault(rung, math.nan)
     return Entrant(n, "paused" if waits else "over", found, rung)
-
-
-def _first_step(steps: Iterable[int], rungs: Sequence[int], rung: int) -> int | None:
-    """Return the first epoch reported at or after a rung, before the next rung."""
-    upto = min((r for r in rungs if r > rung), default=math.inf)
-    return min((step for step in steps if rung <= step < upto), default=None)
-
-
-class Rungs(pruners.BasePruner):  # type: ignore[misc]
-    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934), without promotion.
-
-    At a rung a trial continues if its value is among the best 1 / `factor` of those that reached
-    it, and always if it is the best. Unlike Optuna's pruner it stores no state: its decision
-    depends on the reported values alone, so it can be repeated after a crash.
-
-    Args:
-        brackets: the rungs of each halving; a trial's is its user attribute `bracket`, or the
-            first.
-        factor: one in so many trials continues.
-    """
-
-    def __init__(self, brackets: list[list[int]], factor: int) -> None:
-        self._brackets, self._factor = brackets, factor
-
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Return True if the trial should stop at the epoch that it reported last."""
-        bracket = trial.user_attrs.get("bracket", 0)
-        rungs = self._brackets[bracket]
-        rung = max((r for r in rungs if r <= (trial.last_step or 0)), default=None)
-        if rung is None or self._first(trial, rung) != trial.last_step:
-            return False
-        values: dict[Any, float] = {}
-        for t in _trials(study):  # of a retried trial, the last attempt
-            if (
-                t.user_attrs.get("bracket", 0) == bracket
-                and (step := self._first(t, rung)) is not None
-            ):
-                values[t.user_attrs.get("number", (t.number,))] = t.intermediate_values[step]
-        came = sorted(
-            values.values(), reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE
-        )
-        last_good = came[max(1, len(came) // self._factor) - 1]
-        return came.index(trial.intermediate_values[trial.last_step]) > came.index(last_good)
-
-    def _first(self, trial: FrozenTrial, rung: int) -> int | None:
-        """Return the first epoch that a trial reported at or after a rung, before the next rung."""
-        rungs = self._brackets[trial.user_attrs.get("bracket", 0)]
-        return _first_step(trial.intermediate_values, rungs, rung)
 
 
 class StudyStopping(FIFOScheduler):  # type: ignore[misc]
@@ -1367,6 +1447,7 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         if assignment is not None and assignment.directory is not None:  # no trainable of a user's
             give_larger_share(trial)
             send_elsewhere(trial)
+            report_each_epoch(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: Tree) -> str:
         """Return STOP at a rung if the trial is not among the best 1 / factor of its group.

@@ -19,7 +19,8 @@ from tfkd_ray.settings.errors import Say, to_stderr
 from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.show.listener import Listener
 from tfkd_ray.store.assignment import assigned
-from tfkd_ray.store.experiment import STOPPED_BY, WHOLE_SWEEP, read_record, write_record
+from tfkd_ray.store.ended import end_record
+from tfkd_ray.store.experiment import STOPPED_BY, WHOLE_SWEEP, read_record
 from tfkd_ray.store.storage import Experiment
 
 
@@ -142,5 +143,6 @@ def end_stopped(experiment: Experiment, searcher: OptunaSearcher) -> None:
             run = "" if record.seed_of is None else record.name
             searcher.end_early(record.number, record.last, name=run)
             reason = f"{BY_COMMAND} after epoch {record.last['epoch']:.0f}"
-            write_record(replace(record, status="stopped", reason=reason))
+            ended = replace(record, status="stopped", reason=reason)
+            end_record(ended, searcher.space.search.measured)
         storage.withdraw(name, asked)

@@ -1,27 +1,22 @@
-"""Storages of Optuna's studies: the journal file, and databases with a URL."""
+"""What samplers see of Optuna's studies, and databases with a URL as their storage."""
 
+import bisect
 import copy
 import dataclasses
-import errno
-import json
+import itertools
+import math
 import os
-import stat
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import optuna
-from optuna import Study
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
-from optuna.trial import FrozenTrial
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import opened, whole_file
 from tfkd_ray.settings.passwords import (
     FIRST_AT,
     HIDDEN,
@@ -30,255 +25,137 @@ from tfkd_ray.settings.passwords import (
     shown,
     without_secrets,
 )
-from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.space.search_config import ENVIRONMENT
 from tfkd_ray.space.space import Searched
-from tfkd_ray.store.experiment import LONGEST_LINE, damaged, parse_json
 
+_Rank: TypeAlias = tuple[int, float, float]
 AnySpace = TypeVar("AnySpace", bound=Searched)
 
-# --- storages -------------------------------------------------------------------------------------
+BEST_SEEN, NEWEST_SEEN = 200, 800
+"""Number of ended trials that a model sees of a study: the newest, and the best of the others."""
 
 
-def open_journal(path: Path) -> BaseStorage:
-    """Open Optuna's storage in a journal file; first cut off a half-written end that a crash left.
+class Seen:
+    """What a sampler sees of a study: each trial once, and of many the best and the newest.
 
-    Any other damage raises a ConfigError with the byte where it begins, and changes nothing.
-    """
-    if os.path.lexists(path):
-        with damaged(path):
-            _mend(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    backend = _Journal(path)
-    backend.storage = JournalStorage(backend)
-    return backend.storage
+    A trial that was paused and goes on is a second attempt in its study. Seen is the last attempt
+    that has ended, or else the one that runs. What is seen is a function of the study, whatever the
+    order in which its trials are taken.
 
+    Optuna's TPE fits its good trials to 25 at most, all of which are among the best; of the others,
+    it weighs the newest most. So its time for a proposal does not grow with the study.
 
-SAVED, REPLACED = ".saved", ".replaced"
-"""Suffixes of a journal's name: the copy saved after a loss; the file that was replaced."""
-JOURNAL_HEAD = 64
-"""Number of bytes at the beginning that tell a shortened journal from a new one."""
-JOURNAL_TAIL = 4096
-"""Number of bytes at the end that identify a journal."""
-
-
-class _Journal(JournalFileBackend):  # type: ignore[misc]
-    """A journal that detects, before and after each access, that it was deleted, cut or replaced.
-
-    It then saves the storage's content beside the file, and an OSError stops the sweep. Other
-    processes may append to the file.
+    Args:
+        directions: of the study.
+        limited: False for a sampler that needs all trials.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.storage: JournalStorage = None  # set by the caller that opens the storage
-        self._head, self._end, self._tail = b"", 0, b""
-        super().__init__(str(path))
+    def __init__(self, directions: Sequence[StudyDirection], *, limited: bool = True) -> None:
+        self._signs = [-1 if d == StudyDirection.MAXIMIZE else 1 for d in directions]
+        self._limited = limited
+        self._running: dict[Any, FrozenTrial] = {}
+        self._ended: dict[Any, FrozenTrial] = {}
+        self._by_number: list[int] = []
+        self._of_number: dict[int, FrozenTrial] = {}
+        self._ranked: list[tuple[_Rank, int]] = []
+        self._front: list[FrozenTrial] = []
 
-    def read_logs(self, log_number_from: int) -> Iterable[Tree]:
-        with self._watched():
-            yield from super().read_logs(log_number_from)
-
-    def append_logs(self, logs: list[Tree]) -> None:
-        with self._watched():
-            super().append_logs(logs)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Check the file before and after it is used: it may be lost at any moment between."""
-        self._check()
-        try:
-            yield
-        except OSError:
-            self._check()
-            raise
-        self._check()
-
-    def _check(self) -> None:
-        """Raise if the file has lost content, after saving that content."""
-        what = self._changed()
-        if what is None:
+    def take(self, trial: FrozenTrial) -> None:
+        """Take up the state of a trial: of a new one, of one that has ended, of a new attempt."""
+        key = trial.user_attrs.get("number", (trial.number,))
+        if not trial.state.is_finished():
+            self._running[key] = trial
             return
-        saved = self._path.with_name(self._path.name + SAVED)
-        try:
-            if not self._path.parent.is_dir():
-                raise FileNotFoundError(errno.ENOENT, "its directory is gone")
-            save_journal(self.storage, saved)
-            kept = f"what the search knows is in {saved.name}, and resuming continues from there"
-        except OSError as error:
-            kept = f"what the search knows could not be saved beside it ({error.strerror})"
-        raise OSError(errno.ESTALE, f"was {what} while the sweep ran; {kept}", str(self._path))
+        if key in self._running and self._running[key].number <= trial.number:
+            del self._running[key]
+        known = self._ended.get(key)
+        if known is not None and known.number > trial.number:
+            return
+        if known is not None:
+            self._drop(known)
+        self._ended[key] = trial
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            bisect.insort(self._by_number, trial.number)
+            self._of_number[trial.number] = trial
+            self._rank(trial)
 
-    def _changed(self) -> str | None:
-        """Return how the file has lost content; or remember its end and return None."""
-        try:
-            file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return "deleted"
-        except OSError as error:
-            return f"made unreadable ({error.strerror})"
-        try:
-            about = os.fstat(file)
-            if not stat.S_ISREG(about.st_mode):
-                return "replaced by what is no file"
-            if about.st_size < self._end:
-                begins = os.pread(file, len(self._head), 0)
-                if self._head.startswith(begins):
-                    return "cut, or replaced by an older one,"
-                return "deleted"  # as Optuna was about to append, which began the file anew
-            if os.pread(file, len(self._tail), self._end - len(self._tail)) != self._tail:
-                return "replaced by another one"
-            self._end, start = about.st_size, max(0, about.st_size - JOURNAL_TAIL)
-            self._tail = os.pread(file, self._end - start, start)
-            self._head = os.pread(file, JOURNAL_HEAD, 0)
-            return None
-        finally:
-            os.close(file)
+    def last(self, number: int) -> FrozenTrial:
+        """Return the last attempt at a trial that has ended, by the trial's own number."""
+        return self._ended[number]
 
+    def trials(self) -> list[FrozenTrial]:
+        """Return the trials that are seen, by their number in the study."""
+        numbers = self._by_number
+        if self._limited and len(numbers) > BEST_SEEN + NEWEST_SEEN:
+            newest = numbers[-NEWEST_SEEN:]
+            numbers = [*self._best(before=newest[0]), *newest]
+        found = [self._of_number[number] for number in numbers]
+        found += [t for key, t in self._running.items() if not self._has_values(key)]
+        return sorted(found, key=lambda t: t.number)
 
-def save_journal(storage: JournalStorage, path: Path) -> None:
-    """Write a new journal with the storage's content in memory, atomically."""
-    logs = _Logs()
-    copy = JournalStorage(logs)
-    for study in storage._replay_result.get_all_studies():  # in memory: its file is gone
-        number = copy.create_new_study(study.directions, study.study_name)
-        for key, value in study.user_attrs.items():
-            copy.set_study_user_attr(number, key, value)
-        for key, value in study.system_attrs.items():
-            copy.set_study_system_attr(number, key, value)
-        for trial in storage._replay_result.get_all_trials(study._study_id, states=None):
-            copy.create_new_trial(number, template_trial=trial)
-    with whole_file(path) as part, part.open("w") as file:
-        file.writelines(json.dumps(log, separators=(",", ":")) + "\n" for log in logs.logs)
-        file.flush()
-        os.fsync(file.fileno())
+    def _has_values(self, key: Any) -> bool:
+        """Return True if an attempt at a trial has ended, and not failed."""
+        return key in self._ended and self._ended[key].state != TrialState.FAIL
 
+    def _best(self, before: int) -> list[int]:
+        """Return the numbers of the best trials, of those with smaller numbers than the newest."""
+        if len(self._signs) > 1:
+            return [t.number for t in self._front if t.number < before][-BEST_SEEN:]
+        older = (number for _, number in self._ranked if number < before)
+        return list(itertools.islice(older, BEST_SEEN))
 
-class _Logs(BaseJournalBackend):  # type: ignore[misc]
-    """A journal in memory."""
+    def _rank(self, trial: FrozenTrial) -> None:
+        if len(self._signs) == 1:
+            bisect.insort(self._ranked, (self._place(trial), trial.number))
+        elif trial.state == TrialState.COMPLETE and not _exceeded(trial):
+            self._add_to_front(trial)
 
-    def __init__(self) -> None:
-        self.logs: list[Tree] = []
+    def _add_to_front(self, trial: FrozenTrial) -> None:
+        """Keep the trials of several metrics that no other beats in all of them."""
+        if any(self._beats(other, trial) for other in self._front):
+            return
+        kept = [t for t in self._front if not self._beats(trial, t)]
+        self._front = sorted([*kept, trial], key=lambda t: t.number)
 
-    def read_logs(self, log_number_from: int) -> Iterable[Tree]:
-        return self.logs[log_number_from:]
+    def _drop(self, trial: FrozenTrial) -> None:
+        """Forget an attempt that a later one replaces."""
+        if self._of_number.pop(trial.number, None) is None:
+            return
+        del self._by_number[bisect.bisect_left(self._by_number, trial.number)]
+        if len(self._signs) == 1:
+            place = self._place(trial), trial.number
+            del self._ranked[bisect.bisect_left(self._ranked, place)]
 
-    def append_logs(self, logs: list[Tree]) -> None:
-        self.logs += logs
+    def _beats(self, a: FrozenTrial, b: FrozenTrial) -> bool:
+        pairs = [(s * x, s * y) for s, x, y in zip(self._signs, a.values, b.values, strict=True)]
+        return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
+    def _place(self, trial: FrozenTrial) -> _Rank:
+        """Return a key that sorts trials as TPE ranks them, the best first.
 
-def _mend(path: Path) -> None:
-    lines = _Lines(path)
-    try:
-        JournalStorage(lines)
-    except (ConfigError, OSError):
-        raise
-    except Exception:  # Optuna raises any type for a damaged line
-        raise _corrupt(path, lines.start, lines.line) from None
-    if lines.tail and not lines.tail.startswith(b'{"op_code"'[: len(lines.tail)]):
-        raise _corrupt(path, lines.end, lines.tail)
-    if lines.tail:
-        with path.open("r+b") as file:
-            file.truncate(lines.end)
+        Those of full length, then those that went further, then those that exceed constraints.
+        """
+        if excess := _exceeded(trial):
+            return (2, excess, 0.0)
+        if trial.state == TrialState.COMPLETE:
+            return (0, 0.0, self._signs[0] * float(trial.value))
+        if not trial.intermediate_values:
+            return (1, 1.0, 0.0)
+        step = max(trial.intermediate_values)
+        value = trial.intermediate_values[step]
+        return (1, -float(step), math.inf if math.isnan(value) else self._signs[0] * value)
 
 
-def _corrupt(path: Path, byte: int, line: bytes) -> ConfigError:
-    return ConfigError(
-        f"byte {byte}: this is no line of Optuna's journal: {line[:40]!r}; nothing was changed. Put back a copy of the "
-        f"file, or give up what comes after (head -c {byte} {path.name} > mended) with the folders of those trials",
-        path,
-    )
+def _exceeded(trial: FrozenTrial) -> float:
+    """Return by how much a trial exceeds its constraints."""
+    return float(sum(value for value in trial.constraints.values() if value > 0))
 
 
-LOCK_S = 3.0
-"""Maximum time that a living process takes to write to a journal."""
+class SeenStorage:
+    """A study's storage as a sampler sees it: it holds the trials of a `Seen`."""
 
-
-def drop_stale_locks(journal: Path) -> None:
-    """Remove the locks of killed processes from Optuna's journal; wait for a lock in use."""
-    began = time.monotonic()
-    seen = _locks(journal)
-    while (
-        seen
-        and time.monotonic() - began < LOCK_S
-        and min(made for made, _ in seen) > time.time() - 60
-    ):
-        time.sleep(0.02)
-        seen &= _locks(journal)
-    for _, path in seen:
-        path.unlink(missing_ok=True)
-
-
-def _locks(journal: Path) -> set[tuple[float, Path]]:
-    """Return (creation time, file) of every lock of a journal."""
-    found = set()
-    for path in journal.parent.glob(f"{journal.name}.lock*"):
-        with suppress(FileNotFoundError):  # already released
-            found.add((path.lstat().st_mtime, path))
-    return found
-
-
-class _Lines(BaseJournalBackend):  # type: ignore[misc]
-    """A journal read line by line for a check; `line` is the last, from byte `start`."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.start = self.end = 0
-        self.line = self.tail = b""
-
-    def read_logs(self, log_number_from: int) -> Iterable[Tree]:
-        assert log_number_from == 0, f"{log_number_from=}"
-        with opened(self._path) as file:
-            while line := file.readline(LONGEST_LINE):
-                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
-                    self.tail = line
-                    return
-                self.start, self.end, self.line = self.end, self.end + len(line), line
-                try:
-                    log = parse_json(line)
-                    if (
-                        not line.endswith(b"\n")
-                        or not isinstance(log, dict)
-                        or not isinstance(log.get("op_code"), int)
-                    ):
-                        raise ValueError("no operation")
-                except ValueError:
-                    raise _corrupt(self._path, self.start, line) from None
-                yield log
-
-    def append_logs(self, logs: list[Tree]) -> None:
-        raise AssertionError("only read here")
-
-
-class EachOnce(BaseSampler):  # type: ignore[misc]
-    """A sampler that sees each trial of a study once: what is known of it, not its attempts.
-
-    A trial that was paused and goes on is a second attempt in its study. The sampler sees the last
-    attempt that has ended, or the only one.
-    """
-
-    def __init__(self, sampler: BaseSampler, study: str, storage: BaseStorage) -> None:
-        self._sampler, seen = sampler, _EachOnce(storage)
-        self._study = Study(study, seen, sampler=sampler)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Any:
-        return self._sampler.infer_relative_search_space(self._study, trial)
-
-    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Any) -> Any:
-        return self._sampler.sample_relative(self._study, trial, search_space)
-
-    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, domain: Any) -> Any:
-        return self._sampler.sample_independent(self._study, trial, name, domain)
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._sampler.before_trial(self._study, trial)
-
-
-class _EachOnce:
-    """A storage that hides attempts whose trial has a later one, or, while that runs, the later."""
-
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
+    def __init__(self, storage: BaseStorage, seen: Seen) -> None:
+        self._storage, self._seen = storage, seen
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
@@ -286,13 +163,10 @@ class _EachOnce:
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Any = None
     ) -> list[FrozenTrial]:
-        """Return the trials of a study, each once."""
-        found: dict[Any, FrozenTrial] = {}
-        for trial in self._storage.get_all_trials(study_id, deepcopy=False):
-            key = trial.user_attrs.get("number", (trial.number,))
-            if trial.state.is_finished() or key not in found:
-                found[key] = trial
-        kept = [t for t in found.values() if states is None or t.state in states]
+        """Return the trials that are seen, in some states; none waits."""
+        if states == (TrialState.WAITING,):
+            return []
+        kept = [t for t in self._seen.trials() if states is None or t.state in states]
         return copy.deepcopy(kept) if deepcopy else kept
 
 

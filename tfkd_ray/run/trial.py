@@ -9,6 +9,7 @@ for each trial would take 14 to 22 s).
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -55,6 +56,9 @@ def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
 class StudentTrial(tune.Trainable):  # type: ignore[misc]
     """A Tune trainable for proposals of `OptunaSearcher`: one step is one epoch, then `done`.
 
+    A message to the driver may bring several epochs (`train_buffered`). A trial that continues from
+    a checkpoint reports all epochs before it again, so those of a lost message are not lost.
+
     If the trial itself fails, its result has `failed` (the reason), and the actor is reused. Only a
     lost process and a disk that cannot be written to are errors for Tune, which restarts the trial
     from its last checkpoint. A result's `note` is a sentence for the user.
@@ -65,6 +69,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         self._group: WorkerGroup | None = None
         self._epochs: Iterator[Metrics] = iter(())
         self._notes: list[str] = []
+        self._raised: Exception | None = None
         self._leaving = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._leave)
@@ -102,7 +107,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             os._exit(1)  # the trial continues in another process
 
     def _begin(self, config: Tree) -> None:
-        self._assignment = Assignment.of(config)
+        self._assignment, self._raised = Assignment.of(config), None
         if self._assignment.home is not None:  # each time: Ray has changed to its own folder
             own_code.enter(self._assignment.home)
         run = without_assignment(config)
@@ -115,6 +120,32 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
                 validated(TrainConfig, run), folder, self._notes.append
             )
             self._epochs = self._group.epochs(run, self._assignment)
+
+    def train_buffered(self, *limits: float) -> list[Tree]:
+        """Return the results of epochs until some seconds have passed, or a decision is due.
+
+        A decision is due where the search judges the trial, and at its end.
+
+        Args:
+            limits: seconds and number of results. Ray 2.60 passes them in either order, so the
+                number that `tune` sets is larger than the seconds.
+        """
+        if self._raised is not None:
+            raise self._raised
+        results: list[Tree] = []
+        until = time.monotonic() + min(limits)
+        while True:
+            try:
+                results.append(self.train())
+            except Exception as error:  # of the process or its disk: the epochs before are told
+                if not results:
+                    raise
+                self._raised = error
+                return results
+            last = results[-1]
+            is_due = last["done"] or last.get("epoch") in self._assignment.judged
+            if is_due or time.monotonic() >= until:
+                return results
 
     def step(self) -> Tree:
         try:

@@ -44,11 +44,14 @@ from tfkd_ray.run.connect import (
     give_larger_share,
     grows_for,
     keep_keys_at_home,
+    report_each_epoch,
     room_for,
     send_elsewhere,
+    skip_snapshots,
 )  # fmt: skip
 from tfkd_ray.run.epochs import check_data_here
 from tfkd_ray.run.group import GroupLost, TrialFailed, teacher_epochs
+from tfkd_ray.run.journal import drop_stale_locks
 from tfkd_ray.run.nodes import check_gpus, check_shared
 from tfkd_ray.run.priors import prior_trials
 from tfkd_ray.run.searcher import (
@@ -59,13 +62,7 @@ from tfkd_ray.run.searcher import (
     take_saved_journal,
 )
 from tfkd_ray.run.stops import Stops, drop_stop, end_stopped
-from tfkd_ray.run.studies import (
-    close_storage,
-    drop_stale_locks,
-    open_storage,
-    whole_url,
-    without_password,
-)
+from tfkd_ray.run.studies import close_storage, open_storage, whole_url, without_password
 from tfkd_ray.run.trial import StudentTrial, resources_of
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Say, Sentences, readable, some_of, to_stderr
@@ -73,27 +70,31 @@ from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Numbers, Tree, Values, dump_yaml, in_yaml
+from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.fitted import batch_notes
 from tfkd_ray.space.relate import not_comparable, not_superset
 from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig, more_samples
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digests
 from tfkd_ray.store.assignment import assigned
+from tfkd_ray.store.ended import end_record, read_briefs
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
+    Record,
+    check_no_links,
     gone_sentence,
-    gone_trials,
     is_begun,
     read_experiment,
     read_records,
     trials_folder,
     write_experiment,
-    write_record,
 )
 from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
 
 MANY_TRIALS = 16
 """Number of concurrent trials from which on their processes are started in parallel."""
+MANY_EPOCHS = "1000"
+"""Number of results in a message, more than any time for it allows."""
 LOOK_S = 5
 """Interval of counting nodes, which may come and go."""
 OnTeacher = Callable[[TeacherRun, Tree | None], None]
@@ -266,23 +267,25 @@ def resume_tuner(
             say(
                 "study.journal was lost while the sweep ran: going on with what the search saved then"
             )
-        if gone := gone_trials(experiment):
-            say(gone_sentence(gone))
         _check_own_study(old, experiment / "study.journal")
         url = old.search.storage and whole_url(old.search.storage)
         old = without_password(old)
         searcher = _searcher(old, experiment, storage, url)
         undone.callback(searcher.close)
         storage.drop_unknown(found.name, searcher.names())
+        _check_no_links_in(experiment, searcher)
         _check_unchanged(old, searcher)
-        _check_all_there(searcher, experiment)
+        there, gone = read_briefs(experiment)
+        if gone:
+            say(gone_sentence(gone))
+        _check_all_there(searcher, experiment, there)
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
         if new.search.study != old.search.study:
             _check_some_inside(searcher, new, experiment, say)
         earlier = prior_trials(new, priors)
-        spent = spent_so_far(experiment, workers=workers_of(old.tree))
+        spent = spent_so_far(experiment, workers=workers_of(old.tree), records=there)
         spent["max_failed_trials"] = (
-            0 if retry_failed else len(failed_names(experiment) - searcher.waiting_names())
+            0 if retry_failed else len(failed_names(there) - searcher.waiting_names())
         )
         new = _with_search(
             new, **{name: more + spent[name] for name, more in budgets.items() if more is not None}
@@ -398,11 +401,18 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
             raise ConfigError([f"its space was {how}", *(missing or more)], file)
 
 
-def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
+def _check_no_links_in(experiment: Path, searcher: OptunaSearcher) -> None:
+    """Raise if the folder of a trial that goes on contains a link, whatever ended.jsonl says of it."""
+    known = searcher.known()
+    for name in searcher.waiting_names() | {known[n] for n in searcher.paused()}:
+        check_no_links(trials_folder(experiment) / name)
+        check_no_links(experiment / "tb" / name)
+
+
+def _check_all_there(searcher: OptunaSearcher, experiment: Path, there: Iterable[Record]) -> None:
     """Refuse studies that lack trials of this experiment: numbers would be used twice."""
     known = searcher.names()
-    runs = (run for record in read_records(experiment) for run in record.runs)
-    lost = [run.name for run in runs if run.name not in known]
+    lost = [run.name for record in there for run in record.runs if run.name not in known]
     if lost:
         where = "study.journal" if searcher.storage is None else masked(searcher.storage)
         message = (
@@ -442,7 +452,8 @@ def _end_outside(searcher: OptunaSearcher, experiment: Path) -> None:
     for run in (run for record in left_out for run in record.runs):
         if run.status in ("running", "interrupted", "paused"):
             reason = "outside of the narrower space in which the sweep was resumed"
-            write_record(replace(run, status="stopped", reason=reason))
+            ended = replace(run, status="stopped", reason=reason)
+            end_record(ended, searcher.space.search.measured)
             for state in (LAST, BEFORE):
                 (run.folder / state).unlink(missing_ok=True)
 
@@ -742,6 +753,13 @@ def _tuner(
             else tune_config.max_concurrent_trials or None  # 0 means no limit
         ),
     )
+    # who looks at each epoch, or times it, gets it at once
+    buffered = (
+        isinstance(tune_config.scheduler, _NoSnapshot)
+        and run_config.stop is None
+        and space.search.trial_timeout_s is None
+        and only_ours([*callbacks, *(run_config.callbacks or [])])
+    )
     banked = any(any(branch.example.banks) for branch in space.branches)
     callbacks = in_order(
         lock,
@@ -765,6 +783,7 @@ def _tuner(
         run_config,
         callbacks,
         max_failures=space.search.max_failures,
+        buffered=buffered,
         verbose=verbose,
     )
 
@@ -776,6 +795,11 @@ def _ends_itself(space: Space) -> bool:
     return isinstance(space.stopping, Pausing) or by_budget or search.finalists is not None
 
 
+def only_ours(callbacks: Iterable[tune.Callback]) -> bool:
+    """Return True if none of the callbacks is a user's own."""
+    return all(isinstance(callback, OwnCallback) for callback in callbacks)
+
+
 def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
     stopping, epochs = space.stopping, space.epochs
     if isinstance(stopping, Asha):
@@ -783,15 +807,28 @@ def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
         return SharingAsha(
             time_attr="epoch", max_t=epochs, grace_period=first, reduction_factor=stopping.factor
         )
-    return StudyStopping(searcher)
+    return _Stopping(searcher)
 
 
-class _Sharing:
+class _NoSnapshot:
+    """Ray's snapshot of the sweep, at its end, is empty: nothing here reads it, and it grows."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)  # type: ignore[misc]
+        skip_snapshots(tune_controller)
+
+
+class _Stopping(_NoSnapshot, StudyStopping):
+    """The stopping of a sweep that is resumed from its study."""
+
+
+class _Sharing(_NoSnapshot):
     """A lost trial may get a larger share of a GPU, or another GPU."""
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         give_larger_share(trial)
         send_elsewhere(trial)
+        report_each_epoch(trial)
         super().on_trial_error(tune_controller, trial)  # type: ignore[misc]
 
 
@@ -835,6 +872,7 @@ def assemble(
     callbacks: Sequence[tune.Callback],
     *,
     max_failures: int,
+    buffered: bool,
     verbose: Any = 0,
 ) -> tune.Tuner:
     """Return a Tuner over `StudentTrial` in an experiment's directory.
@@ -844,9 +882,11 @@ def assemble(
         tune_config: its searcher's proposals have a `trial` section (see `OptunaSearcher`).
         callbacks: all callbacks.
         max_failures: number of restarts of a trial that is lost in the same epoch (see `Losses`).
+        buffered: a message of a trial may bring several epochs (see `StudentTrial`).
         verbose: Ray's own verbosity.
     """
     os.environ.update(_TUNE_SETTINGS)
+    os.environ["TUNE_RESULT_BUFFER_LENGTH"] = MANY_EPOCHS if buffered else "1"
     experiment = experiment.absolute()
     keep_keys_at_home()
     forget_lessons()
@@ -926,9 +966,12 @@ _TUNE_SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one trial without its metric is one failed trial
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Write Ray's snapshot only at the end: sweeps resume from the study, and 10,000 trials make 189
-    # MiB
+    # Write Ray's snapshot only at the end, and there an empty one (`_NoSnapshot`): 10,000 trials make
+    # 195 MiB
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+    # A tenth of a second for each trial that runs, so that the driver gets 10 messages a second
+    "TUNE_RESULT_BUFFER_MIN_TIME_S": "1",
+    "TUNE_RESULT_BUFFER_MAX_TIME_S": "10",
 }
 
 

@@ -192,6 +192,18 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
             os.fsync(file.fileno())
 
 
+def append_whole(handle: int, content: bytes) -> None:
+    """Append to an open file; if that fails, on a full disk, leave the file as it was."""
+    size, left = os.fstat(handle).st_size, memoryview(content)
+    try:
+        while left:
+            left = left[os.write(handle, left) :]
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(handle, size)
+        raise
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 _FILE_KINDS = {

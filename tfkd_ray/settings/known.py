@@ -132,6 +132,7 @@ KNOWN = (
     "search.more_metrics",
     "search.num_samples",
     "search.points",
+    "search.report",
     "search.sampler",
     "search.sampler.candidates",
     "search.sampler.kind",

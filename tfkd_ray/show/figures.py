@@ -14,10 +14,11 @@ from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.page import Axis, Figure, Panel, Series, escaped
 from tfkd_ray.show.page_script import DARK, PALE_LINE
 from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, value_at_rung
-from tfkd_ray.show.status import ExperimentPlan, counted, read_lasts
+from tfkd_ray.show.status import ExperimentPlan, counted, read_all, read_lasts
 from tfkd_ray.space.ranges import Choices, Range
 from tfkd_ray.space.relate import lies_in
 from tfkd_ray.space.space import Parameter, Space, build_space
+from tfkd_ray.store.ended import are_many, in_full
 from tfkd_ray.store.experiment import Record, pareto, ranked_trials, read_metrics
 from tfkd_ray.verdict.limits import Limits
 from tfkd_ray.verdict.scores import score_of
@@ -44,6 +45,14 @@ class Sweep:
     plan: ExperimentPlan
     space: Space
     records: Sequence[Record]
+    """The trials that are shown, with all their epochs."""
+    everything: Sequence[Record] = ()
+    """All trials if only a sample is shown, with one line of metrics (see `store.ended`)."""
+
+    @property
+    def all(self) -> Sequence[Record]:
+        """All trials, for counts and ranks."""
+        return self.everything or self.records
 
     @property
     def metric(self) -> str:
@@ -149,10 +158,35 @@ class Sweep:
 
 
 def read_sweep(experiment: Path, plan: ExperimentPlan) -> Sweep:
+    space = build_space(plan.about["space"], experiment / "experiment.yaml")
+    if are_many(experiment):
+        everything, _ = read_all(experiment)
+        shown = _sample(everything, list(plan.rows), plan.metric or "", plan.limits)
+        return Sweep(plan, space, list(map(in_full, shown)), everything)
     records = []
     for record in read_lasts(experiment):
         records.append(replace(record, metrics=read_metrics(record.folder)))
-    return Sweep(plan, build_space(plan.about["space"], experiment / "experiment.yaml"), records)
+    return Sweep(plan, space, records)
+
+
+MOST_BEST, MOST_OTHERS = 500, 1_000
+"""Trials that a report shows of more than it can show: the best of each objective, with equal shares,
+and others, evenly by their numbers."""
+
+
+def _sample(
+    records: Sequence[Record], objectives: Sequence[str], metric: str, limits: Limits
+) -> list[Record]:
+    """Return the trials that a report shows of many, by number."""
+    kept: dict[int, Record] = {}
+    for objective in objectives:
+        mine = [record for record in records if record.objective == objective]
+        best = ranked_trials(mine, metric, limits)[: MOST_BEST // len(objectives)]
+        kept |= {record.number: record for record in best}
+    others = [record for record in records if record.number not in kept]
+    every = max(1, math.ceil(len(others) / MOST_OTHERS))
+    kept |= {record.number: record for record in others[::every]}
+    return sorted(kept.values(), key=lambda record: record.number)
 
 
 # --- figures of a sweep ----------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from tfkd_ray.show.status import (
 from tfkd_ray.show.waiting import FRAMES, Waiting
 from tfkd_ray.space.search_config import Pausing, SearchConfig
 from tfkd_ray.store.assignment import assigned
+from tfkd_ray.store.ended import in_full, read_briefs
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     STATUSES,
@@ -49,7 +50,6 @@ from tfkd_ray.store.experiment import (
     Record,
     means_of,
     read_record,
-    read_records,
 )
 from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.limits import feasible_first, met_text
@@ -57,6 +57,9 @@ from tfkd_ray.verdict.limits import feasible_first, met_text
 _AGAIN = {"running": "started again", "paused": "goes on"}
 """What a trial does that starts, by what it was."""
 REFRESH_S = 0.25
+"""Least seconds between two drawings."""
+DRAWING = 0.05
+"""Most of the driver's time that is spent on drawing: of very many trials, it takes long."""
 NODES_S = 5
 """Seconds between questions to the autoscaler about starting nodes, while no trial trains."""
 SPEED_EPOCHS = 200
@@ -155,7 +158,7 @@ class Progress(OwnCallback):
         self._winner: _Run | None = None
         self._bests: list[float] = []
         """The best value after each trial that ended, once one has full length."""
-        self._drawn = 0.0
+        self._next_drawing = 0.0
         self._looked = -math.inf
         self._waiting = ""
         self.stops: Any = None
@@ -190,17 +193,25 @@ class Progress(OwnCallback):
             SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)}
         )
         self._start = time.time()
-        for trial in read_records(self._experiment):  # results of earlier sessions
-            for record in trial.runs:
-                if record.status in ("done", "stopped", "failed", "paused"):
-                    self._take_up(run := self._earlier(record))
-                    self._note_best(run)
+        self._take_up_earlier()
         if self._console.is_jupyter:
             self._cell = _Cell()
         elif self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
         self._draw(force=True)
+
+    def _take_up_earlier(self) -> None:
+        """Take up the results of earlier sessions."""
+        trials = read_briefs(self._experiment).records
+        for record in (record for trial in trials for record in trial.runs):
+            if record.status in ("done", "stopped", "failed", "paused"):
+                self._take_up(run := self._earlier(record))
+                self._note_best(run)
+        best = self._best_of(list(self._runs.values())) if self._plan.metric else None
+        for trial in trials:
+            if best is not None and trial.name == best.name:  # its parameters are shown
+                best.parameters = in_full(trial).parameters
 
     def _take_up(self, run: _Run) -> None:
         self._runs[run.name] = run
@@ -352,15 +363,13 @@ class Progress(OwnCallback):
 
     def _draw(self, *, force: bool = False) -> None:
         now = time.monotonic()
-        if (self._live is None and self._cell is None) or (
-            not force and now - self._drawn < REFRESH_S
-        ):
+        if (self._live is None and self._cell is None) or (not force and now < self._next_drawing):
             return
-        self._drawn = now
         if self._live is not None:
             self._live.update(Group(*self.screen(*self._console.size)), refresh=True)
         else:
             self._cell.show(self.lines(*NOTEBOOK))
+        self._next_drawing = now + max(REFRESH_S, (time.monotonic() - now) / DRAWING)
 
     def lines(self, width: int, height: int) -> list[str]:
         """Return the current state as text; see `screen`."""

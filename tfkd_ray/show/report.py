@@ -27,6 +27,7 @@ from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.figures import (
     FEWEST,
     LUCK,
+    MOST_BEST,
     Sweep,
     contours,
     curves,
@@ -218,7 +219,8 @@ def _sweep_sections(
 ) -> Iterator[Section]:
     yield _verdict_section(sweep, comparisons)
     if sweep.records:
-        yield Section("All trials", [_trials_table([NamedSweep("", sweep)])])
+        title = "Trials, a sample" if sweep.everything else "All trials"
+        yield Section(title, [_sample_text(sweep), _trials_table([NamedSweep("", sweep)])])
     yield Section("Best configurations", [_best_table(sweep)])
     if sweep.records:
         yield from _figures(sweep)
@@ -232,6 +234,17 @@ def _sweep_sections(
                 parts = [_renamed(part, name) for part in parts]
             yield Section(f"{name}: {section.title}", parts)
     yield Section("How to reproduce", list(_reproduce(sweep.plan, experiment)))
+
+
+def _sample_text(sweep: Sweep) -> str:
+    """Return a paragraph on which trials the page shows, if it does not show all."""
+    if not sweep.everything:
+        return ""
+    return (
+        f"<p>The page shows {len(sweep.records):,} of {len(sweep.all):,} trials, here and in all figures: the best "
+        f"{MOST_BEST}, each objective's own, and others evenly by their numbers. The best configurations, the receipt "
+        "and the failures are of all.</p>"
+    )
 
 
 def _renamed(part: str | Figure, name: str) -> str | Figure:
@@ -285,16 +298,16 @@ def _at_rung(sweep: Sweep, record: Record) -> str:
 
 
 def _not_a_verdict(sweep: Sweep) -> str:
-    n = len(sweep.records)
+    n = len(sweep.all)
     if not sweep.full:
-        ahead = furthest(sweep.records, sweep.metric)
+        ahead = furthest(sweep.all, sweep.metric)
         there = (
             ""
             if ahead is None
             else f" Best of the highest rung: {ahead.name}, {_at_rung(sweep, ahead)}."
         )
         return f"No trial of full length yet ({n} trials), so there is no best one.{there}"
-    first, *rest = sweep.ranked(sweep.full)
+    first, *rest = sweep.ranked(sweep.all)
     value, again = first.judged[sweep.metric], sweep.metric in first.means
     alike = [r for r in rest if (sweep.metric in r.means) == again]
     ties = sum(r.judged[sweep.metric] == value for r in alike)
@@ -419,7 +432,7 @@ def _best_table(sweep: Sweep) -> str:
             f"{short_name(k)} = {number_text(v)}" for k, v in record.parameters.items()
         )
         part = " (baseline)" if record.objective in ("ce", "lsr") else ""
-        n = len(sweep.of(record.objective, sweep.records))
+        n = len(sweep.of(record.objective, sweep.all))
         rows.append(
             [record.objective + part, record.name, trial_value(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
              settings, _equivalence(record)]
@@ -470,13 +483,11 @@ def _equivalence(record: Record) -> str:
 
 
 def _receipt(sweep: Sweep) -> str:
-    seconds = sum(m.get("seconds", 0.0) for r in sweep.records for m in r.metrics)
-    count = Counter(r.status for r in sweep.records)
-    trials = (
-        f"{_planned(sweep.plan)}, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
-    )
-    rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
-    by_hand = [r.name for r in sweep.records if r.status == "stopped" and r.reason]
+    seconds = sum(m.get("seconds", 0.0) for r in sweep.all for m in r.metrics)
+    count = Counter(r.status for r in sweep.all)
+    trials = f"{_planned(sweep.plan)}, {len(sweep.all):,} begun, {count['stopped']:,} stopped early"
+    rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.all)))]
+    by_hand = [r.name for r in sweep.all if r.status == "stopped" and r.reason]
     if by_hand:
         rows.append(["stopped for another reason", some_of(by_hand, 10)])
     time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
@@ -484,7 +495,7 @@ def _receipt(sweep: Sweep) -> str:
 
 
 def _failures(sweep: Sweep) -> str:
-    failed = [r for r in sweep.records if r.status == "failed"]
+    failed = [r for r in sweep.all if r.status == "failed"]
     if not failed:
         return "<p>None.</p>"
     reasons: dict[str, list[str]] = {}

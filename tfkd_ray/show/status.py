@@ -30,6 +30,7 @@ from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.show.pace import Begun, HalvingRule, epochs_left
 from tfkd_ray.space.finalists import Candidate, finalists
 from tfkd_ray.space.pausing import halving_rungs
+from tfkd_ray.store.ended import ENDED, Briefs, are_many, in_full, read_briefs
 from tfkd_ray.store.experiment import (
     BASELINES,
     STATUSES,
@@ -259,6 +260,19 @@ def read_lasts(experiment: Path, alive: bool | None = None) -> list[Record]:
     return sorted(with_further(records), key=lambda r: r.number)
 
 
+def read_all(experiment: Path, alive: bool | None = None) -> Briefs:
+    """Read all trials by number, each with one line of metrics, in brief if there are many.
+
+    Args:
+        alive: as of `read_lasts`.
+    """
+    if alive is None:
+        alive = is_running(experiment)
+    if not are_many(experiment):
+        return Briefs(read_lasts(experiment, alive), gone_trials(experiment))
+    return read_briefs(experiment, alive=alive)
+
+
 def record_of(folder: Path) -> Record | None:
     """Read a trial and its last epoch; None if it has no trial.json yet."""
     path = folder / "metrics.jsonl"
@@ -355,11 +369,11 @@ def _alive(process: int) -> bool:
 
 def changed_last(experiment: Path) -> float:
     """Return when a sweep's files changed last, in seconds since 1970."""
-    files = [experiment / "driver.txt", experiment / "study.journal", experiment / "confirm.json"]
-    return max(
-        (_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in trial_folders(experiment))]),
-        default=0.0,
-    )
+    names = ["driver.txt", "study.journal", "confirm.json"]
+    if are_many(experiment):  # every second, the driver writes what is spent
+        return max(_changed(experiment / name) for name in (*names, "spent.json", ENDED))
+    metrics = [folder / "metrics.jsonl" for folder in trial_folders(experiment)]
+    return max(_changed(path) for path in [*(experiment / name for name in names), *metrics])
 
 
 def _changed(path: Path) -> float:
@@ -402,7 +416,7 @@ def status(experiment: Path) -> Tree:
     """
     plan = read_plan(experiment)
     alive = is_running(experiment)
-    records = read_lasts(experiment, alive)
+    records, gone = read_all(experiment, alive)
     counts = Counter(r.status for r in records)
     over = counts["done"] + counts["stopped"] + counts["failed"]
     verdict = _verdict_of(experiment)
@@ -421,7 +435,7 @@ def status(experiment: Path) -> Tree:
     elif alive:
         state = "running"
     rate = _rate(experiment, runs, now) if state == "running" else None
-    rows, sweep = _status_rows(records, plan), plan.kind == "sweep"
+    (rows, best), sweep = _status_rows(records, plan), plan.kind == "sweep"
     since = _changed(experiment / "driver.txt") if alive else math.inf
     return {
         "name": _shown_name(experiment),
@@ -438,7 +452,7 @@ def status(experiment: Path) -> Tree:
         },
         "rows": rows,
         "constraints": limits_text(plan.limits),
-        "best": _best_trials(records, plan),
+        "best": best,
         "ahead": _ahead(records, plan),
         "further": further,
         "baselines": {name: rows[name]["best"] for name in BASELINES if sweep and name in rows},
@@ -457,7 +471,7 @@ def status(experiment: Path) -> Tree:
             if r.status == "stopped" and r.reason
         ],
         "stopping": sorted(stop_requests(experiment)) if state == "running" else [],
-        "gone": gone_trials(experiment) if sweep else [],
+        "gone": gone if sweep else [],
     }
 
 
@@ -520,16 +534,23 @@ def _last_failures(records: Sequence[Record]) -> list[dict[str, str]]:
     return [{"trial": r.name, "reason": first_line(r.reason)} for r in failed[-3:]]
 
 
-def _status_rows(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, Tree]:
-    """Return the number of trials in each state, and the best one, by objective or arm."""
+def _status_rows(
+    records: Sequence[Record], plan: ExperimentPlan
+) -> tuple[dict[str, Tree], Tree | None]:
+    """Return the number of trials in each state and the best one, by objective or arm; the best of all."""
     members: dict[str, list[Record]] = {name: [] for name in plan.rows}
     for record in records:
         members.setdefault(plan.row(record), []).append(record)
     rows: dict[str, Tree] = {}
+    firsts, judged = list[Record](), list[Record]()
     for name, own in members.items():
         counts = Counter(record.status for record in own)
-        rows[name] = {**{s: counts[s] for s in STATUSES}, "best": _best_trials(own, plan)}
-    return rows
+        ranked = ranked_trials(own, plan.metric, plan.limits) if plan.metric else []
+        rows[name] = {**{s: counts[s] for s in STATUSES}, "best": _best_trials(ranked, plan)}
+        firsts, judged = [*firsts, *ranked[:1]], [*judged, *ranked]
+    firsts.sort(key=lambda record: record.number)
+    first = ranked_trials(firsts, plan.metric, plan.limits)[:1] if plan.metric else []
+    return rows, _best_trials([*first, *(r for r in judged if r is not first[0])], plan)
 
 
 def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[Tree]:
@@ -549,11 +570,11 @@ def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
         raise ConfigError(
             "a comparison of arms has no best trial; its verdict is in confirm.json", experiment
         )
-    records = read_lasts(experiment)
+    records, _ = read_all(experiment)
     winner = best(records, plan.metric, plan.limits)
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
-    return winner, plan
+    return in_full(winner), plan
 
 
 def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree:
@@ -661,21 +682,18 @@ def cut_short(text: str) -> str:
     return text if len(text) <= MOST_OF_A_TEXT else text[:MOST_OF_A_TEXT] + "…"
 
 
-def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
-    if plan.metric is None:
+def _best_trials(ranked: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
+    """Return the first of ranked trials, and how many share its value."""
+    if plan.metric is None or not ranked:
         return None
-    judged = ranked_trials(records, plan.metric, plan.limits)
-    if not judged:
-        return None
-    winner, value = judged[0], judged[0].judged[plan.metric]
+    winner, value = ranked[0], ranked[0].judged[plan.metric]
     again = plan.metric in winner.means
-    alike = [r for r in judged if (plan.metric in r.means) == again]
-    shared = sum(r.judged[plan.metric] == value for r in alike)
+    alike = [r for r in ranked if (plan.metric in r.means) == again]
     return {
         "trial": winner.name,
         "objective": winner.objective,
         "value": value,
-        "shared_by": shared,
+        "shared_by": sum(r.judged[plan.metric] == value for r in alike),
         "feasible": is_feasible(plan.limits, winner.judged),
         "seeds": len(winner.further) if again else 0,
         "error": winner.error(plan.metric),
@@ -705,12 +723,10 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
     Counted since the driver started, or since this session's first trial did if that was later.
     """
     start = _changed(experiment / "driver.txt")
-    active = [r for r in records if r.last and _changed(r.folder / "metrics.jsonl") >= start]
+    active = [r for r in records if r.last and _reported(r) >= start]
     if not active:
         return None
-    began = {
-        r.name: _changed(r.folder / "result.json") for r in active
-    }  # a link, created when the trial first starts
+    began = {r.name: _began(r) for r in active}
     since = max(start, min(began.values()))
     epochs = 0
     for record in active:
@@ -724,6 +740,17 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
                 break
             epochs += 1
     return epochs / (now - since) if epochs and now > since else None
+
+
+def _reported(record: Record) -> float:
+    """Return when a trial reported last, in seconds since 1970."""
+    return record.last.get("ended") or _changed(record.folder / "metrics.jsonl")
+
+
+def _began(record: Record) -> float:
+    """Return when a trial began, in seconds since 1970."""
+    # the link is created when the trial first starts
+    return record.last.get("began") or _changed(record.folder / "result.json")
 
 
 def _ahead(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:

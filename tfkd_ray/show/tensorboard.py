@@ -3,8 +3,7 @@
 Each trial has one events file in `<folder>/<trial name>/`, with one step an epoch and few, stable
 tags. HParams: one experiment summary at the root makes every searched parameter a column. Each
 trial writes its values when it starts. It writes its status when it ends, in a separate file,
-because TensorBoard keeps the first status that it reads; until then it shows `Unknown`. The writer
-is TensorBoard's own, not TensorFlow's.
+because TensorBoard keeps the first status that it reads; until then it shows `Unknown`.
 
 Shapes: N = images, K = classes.
 """
@@ -39,13 +38,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
     SessionStartInfo,
 )
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
 from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml, leaves_of
+from tfkd_ray.show.events import EventFileWriter
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.show.status import read_lasts
 from tfkd_ray.space.arms import Arm, read_comparison
@@ -177,7 +176,6 @@ class TensorBoard(OwnCallback):
         if assignment is not None and is_new:
             config = {k: v for k, v in trial.config.items() if k not in (SECTION, TRIAL_INDEX)}
             _add_texts(writer, assignment, config)
-        writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
@@ -208,7 +206,6 @@ class TensorBoard(OwnCallback):
         if values:
             points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             _add(writer, epoch, Summary(value=points))
-        writer.flush()
         self._writers[trial.trial_id] = (writer, epoch)
 
     def on_pause(self, trial: Any) -> None:

@@ -1,11 +1,13 @@
 """Pausing halving: what happens next, as a pure function of what the studies hold.
 
 At a rung a trial pauses. It goes on when it is among the best 1 / `factor` of the trials of its
-group that have reached the rung (Li et al. 2020, arXiv:1810.05934). A search (`run.searcher`) and a
-replay (benchmarks/search.py) ask `next_action` whenever a trial could begin.
+group that have reached the rung (Li et al. 2020, arXiv:1810.05934). A search (`run.searcher`) tells
+a `Ladder` every change, and asks for the `next_action` whenever a trial could begin.
 """
 
+import bisect
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -57,64 +59,114 @@ def next_action(
     maximize: bool,
     to_start: int,
 ) -> Action:
-    """Return what to do with room for one more trial.
-
-    1. Start a new trial, until all have begun: then the best of the first rung are known.
-    2. Promote a trial that is among the best 1 / `factor` of a rung; from the lowest rung first.
-    3. In a group where nothing runs, and nothing has full length, let the best paused trial of its
-       highest rung go on, so that every group ends with a trial of full length if any trial can.
-    4. Wait for a trial that runs, or end.
+    """Return what `Ladder.next_action` says of these trials.
 
     Args:
         groups: the trials of each group, which are judged among themselves.
         rungs: epochs after which trials pause, ascending.
+        factor: one in so many trials of a rung goes on.
         maximize: higher values are better.
         to_start: number of trials that have not begun.
     """
-    if to_start > 0:
-        return Action("start")
-    known = [list(group) for group in groups]
-    for rung in rungs:
-        found = [e for group in known for e in promotable(group, rung, factor, maximize=maximize)]
-        if found:
-            return Action("promote", found[0].number, rung)
-    for group in known:
-        states = {e.state for e in group}
-        if states & {"running", "whole"}:
-            continue
-        for rung in reversed(rungs):
-            for e in best_first(group, rung, maximize=maximize):
-                if _is_paused_at(e, rung):
-                    return Action("promote", e.number, rung)
-    running = any(e.state == "running" for group in known for e in group)
-    return Action("wait" if running else "end")
+    ladder = Ladder(len(groups), rungs, factor, maximize=maximize)
+    for g, group in enumerate(groups):
+        for entrant in group:
+            ladder.put(g, entrant)
+    return ladder.next_action(to_start)
 
 
-def promotable(
-    group: Iterable[Entrant], rung: int, factor: int, *, maximize: bool
-) -> Iterator[Entrant]:
-    """Yield the paused trials among the best 1 / `factor` of a rung, best first."""
-    came = best_first(group, rung, maximize=maximize)
-    for e in came[: len(came) // factor]:
-        if _is_paused_at(e, rung):
-            yield e
+class Ladder:
+    """The trials at the rungs of each group, in order; a change or a question costs O(log n)."""
+
+    def __init__(self, groups: int, rungs: Sequence[int], factor: int, *, maximize: bool) -> None:
+        self._rungs, self._factor, self._sign = rungs, factor, -1 if maximize else 1
+        self._entrants: list[dict[int, Entrant]] = [{} for _ in range(groups)]
+        self._states: list[Counter[str]] = [Counter() for _ in range(groups)]
+        self._came: list[dict[int, list[_Place]]] = [{r: [] for r in rungs} for _ in range(groups)]
+        self._waiting: list[dict[int, list[_Place]]] = [
+            {r: [] for r in rungs} for _ in range(groups)
+        ]
+
+    def put(self, g: int, entrant: Entrant) -> None:
+        """Take what is now known of a trial of group g."""
+        known = self._entrants[g].get(entrant.number)
+        if known is not None:
+            self._states[g][known.state] -= 1
+            for places, place in self._places(g, known):
+                del places[bisect.bisect_left(places, place)]
+        self._entrants[g][entrant.number] = entrant
+        self._states[g][entrant.state] += 1
+        for places, place in self._places(g, entrant):
+            bisect.insort(places, place)
+
+    def entrant(self, g: int, number: int) -> Entrant:
+        """Return what is known of a trial of group g."""
+        return self._entrants[g][number]
+
+    def numbers(self, g: int) -> Iterable[int]:
+        """Return the numbers of the trials of group g."""
+        return self._entrants[g].keys()
+
+    def paused(self) -> set[int]:
+        """Return the numbers of the paused trials."""
+        return {n for group in self._entrants for n, e in group.items() if e.state == "paused"}
+
+    def next_action(self, to_start: int) -> Action:
+        """Return what to do with room for one more trial.
+
+        1. Start a new trial, until all have begun: then the best of the first rung are known.
+        2. Promote a trial that is among the best 1 / `factor` of a rung; from the lowest rung
+           first.
+        3. In a group where nothing runs, and nothing has full length, let the best paused trial of
+           its highest rung go on, so that every group ends with a trial of full length if any trial
+           can.
+        4. Wait for a trial that runs, or end.
+        """
+        return Action("start") if to_start > 0 else self._next_of(range(len(self._entrants)))
+
+    def has_ended(self, g: int) -> bool:
+        """Return True if no trial of group g runs, and none may go on."""
+        return self._next_of([g]).what == "end"
+
+    def _next_of(self, groups: Sequence[int]) -> Action:
+        """Return what to do with some groups whose trials have all begun."""
+        for rung in self._rungs:
+            for g in groups:
+                for number in self.promotable(g, rung):
+                    return Action("promote", number, rung)
+        for g in groups:
+            if self._states[g]["running"] or self._states[g]["whole"]:
+                continue
+            for rung in reversed(self._rungs):
+                if self._waiting[g][rung]:
+                    return Action("promote", self._waiting[g][rung][0].number, rung)
+        running = any(self._states[g]["running"] for g in groups)
+        return Action("wait" if running else "end")
+
+    def promotable(self, g: int, rung: int) -> Iterator[int]:
+        """Yield the paused trials among the best 1 / `factor` of a rung of group g, best first."""
+        came = self._came[g][rung]
+        for place in self._waiting[g][rung]:
+            if bisect.bisect_left(came, place) >= len(came) // self._factor:
+                return
+            yield place.number
+
+    def _places(self, g: int, e: Entrant) -> Iterator[tuple[list["_Place"], "_Place"]]:
+        """Yield (the places of a rung, the trial's own there), where it has come or waits."""
+        for rung, value in e.values.items():
+            if rung not in self._came[g]:
+                continue
+            is_missing = math.isnan(value)
+            place = _Place(is_missing, 0.0 if is_missing else self._sign * value, e.number)
+            yield self._came[g][rung], place
+            if e.state == "paused" and e.rung == rung and not is_missing:
+                yield self._waiting[g][rung], place
 
 
-def best_first(group: Iterable[Entrant], rung: int, *, maximize: bool) -> list[Entrant]:
-    """Return the trials that have reached a rung, best first, those without a value last.
+class _Place(NamedTuple):
+    """Sorts the trials of a rung, the best first, those without a value last."""
 
-    Of equal ones, the trial with the lower number comes first.
-    """
-
-    def place(e: Entrant) -> tuple[bool, float, int]:
-        value = e.values[rung]
-        if math.isnan(value):
-            return True, 0.0, e.number
-        return False, -value if maximize else value, e.number
-
-    return sorted((e for e in group if rung in e.values), key=place)
-
-
-def _is_paused_at(e: Entrant, rung: int) -> bool:
-    """Return True if a trial waits at a rung, with a value there."""
-    return e.state == "paused" and e.rung == rung and not math.isnan(e.values[rung])
+    is_missing: bool
+    value: float
+    number: int
+    """Of equal ones, the trial with the lower number comes first."""

@@ -27,7 +27,7 @@ from tfkd_ray.space.space import (
 
 GROUP = "all"
 """Name of the only group; its study is called STUDY/all."""
-SETTINGS = ("num_samples", "sampler", "stopping", "storage", "study", "seed")
+SETTINGS = ("num_samples", "sampler", "stopping", "report", "storage", "study", "seed")
 """Search settings that mean something without `build_tuner`."""
 _ELSEWHERE = {
     "metric": "the argument `metric`, or TuneConfig(metric=...), names it",

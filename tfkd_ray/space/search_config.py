@@ -314,6 +314,9 @@ class SearchConfig(Settings):
     constraints: dict[str, Limit] = {}
     """Limits of metrics that the best trial should meet, such as {parameters: {high: 2e6}, val_ece:
     {high: 0.05}}. The sampler learns which trials meet them (tpe, gp)."""
+    report: Literal["judged", "all"] = "judged"
+    """Values that the study keeps of a trial: `judged` where early stopping judges it, and its last;
+    `all` after every epoch, for the curves of optuna-dashboard. metrics.jsonl has all in any case."""
     max_concurrent: Count | None = None
     """Concurrent trials. None: as many as fit on the cluster."""
     max_failures: Annotated[int, Field(ge=0)] = 2

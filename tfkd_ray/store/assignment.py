@@ -17,7 +17,7 @@ from tfkd_ray.store.storage import Directory, Storage, received
 
 SECTION = "trial"
 _REQUIRED = ("number", "name", "epochs", "parameters")
-_LISTS = ("metrics", "avoid")
+_LISTS = ("metrics", "avoid", "judged")
 _OF_BUCKETS = ("store", "endpoint")
 
 
@@ -48,6 +48,8 @@ class Assignment:
     """Place of the user's own modules."""
     avoid: tuple[str, ...] = ()
     """Ids of the nodes on which the trial must not run."""
+    judged: tuple[int, ...] = ()
+    """Epochs after which the search may stop or pause the trial, so it waits for the answer."""
     more: Values = field(default_factory=dict)
     """Other keys of the section, unchanged: a searcher's `place`, or what a user added."""
 
@@ -55,6 +57,9 @@ class Assignment:
     def find(cls, config: Values) -> "Assignment | None":
         """Return the assignment in a trial's configuration; None if it has no such section."""
         section = config.get(SECTION)
+        known = _FOUND.get(id(section))
+        if known is not None and known[1] == section:
+            return known[2]
         if not isinstance(section, Mapping) or not set(_REQUIRED) <= set(section):
             return None
         told = {name: value for name, value in section.items() if name in _KNOWN}
@@ -71,7 +76,11 @@ class Assignment:
         more = {
             name: value for name, value in section.items() if name not in (*_KNOWN, *_OF_BUCKETS)
         }
-        return cls(**told, more=more)
+        found = cls(**told, more=more)
+        if len(_FOUND) >= MOST_FOUND:
+            _FOUND.clear()
+        _FOUND[id(section)] = (section, dict(section), found)
+        return found
 
     @classmethod
     def of(cls, config: Values) -> "Assignment":
@@ -108,6 +117,9 @@ class Assignment:
         return self.storage or Directory(self.folder), self.folder
 
 
+MOST_FOUND = 4096
+_FOUND: dict[int, tuple[Values, Values, Assignment]] = {}
+"""The sections that were read last (which keeps their ids), their contents then, and assignments."""
 _KNOWN = [f.name for f in dataclasses.fields(Assignment) if f.name != "more"]
 
 

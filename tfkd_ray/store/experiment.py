@@ -1,8 +1,9 @@
 """An experiment's directory: its files, read and written without Ray, torch or unpickling.
 
     experiment.yaml                the resolved space, versions, git commit, seeds, command line
-    study.journal                  Optuna's journal: proposals, values after every epoch, ends
+    study.journal                  Optuna's journal: proposals, values at rungs, ends
     spent.json                     seconds of all drivers, and of all trials, for budgets
+    ended.jsonl                    a line for each trial that has ended or paused; see ended.py
     stop/                          what `tfkd stop` asks of the driver: a file a trial, or `sweep`
     trials/t0007-tfkd_reg/         one folder a trial
         trial.json                 number, objective, searched parameters, configuration, status, reason
@@ -31,7 +32,7 @@ import statistics
 import subprocess
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -161,6 +162,10 @@ class Record:
         values = [run.last[metric] for run in self.further]
         return statistics.stdev(values) / math.sqrt(len(values))
 
+    def with_runs(self, further: tuple["Record", ...]) -> "Record":
+        """Return the trial with its runs with further seeds."""
+        return replace(self, further=further)
+
     @property
     def runs(self) -> tuple["Record", ...]:
         """The trial, and its runs with further seeds."""
@@ -199,7 +204,7 @@ def with_further(records: Iterable[Record]) -> list[Record]:
     found = []
     for trial in trials:
         runs = sorted(further.get(trial.name, []), key=lambda run: int(run.config["seed"]))
-        found.append(replace(trial, further=tuple(runs)) if runs else trial)
+        found.append(trial.with_runs(tuple(runs)) if runs else trial)
     return found
 
 
@@ -409,7 +414,7 @@ def read_metrics(folder: Path) -> list[Numbers]:
 def as_metrics(line: str | bytes) -> Numbers:
     """Parse a line of metrics.jsonl; raise a ValueError if it is none."""
     found = parse_json(line)
-    if not isinstance(found, dict) or not all(_is_json_number(value) for value in found.values()):
+    if not isinstance(found, dict) or not all(is_json_number(value) for value in found.values()):
         raise ValueError(f"no metrics of an epoch: {str(found)[:80]}")
     epoch = found.get("epoch", 0)
     if not 0 <= epoch <= MOST_EPOCHS:
@@ -417,7 +422,7 @@ def as_metrics(line: str | bytes) -> Numbers:
     return found
 
 
-def _is_json_number(value: Any) -> bool:
+def is_json_number(value: Any) -> bool:
     """Return whether a value is a JSON number, or NaN or infinity as diverging trials report."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
@@ -527,15 +532,23 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-def check_no_links(experiment: Path) -> None:
+def check_no_links(experiment: Path, finished: Collection[str] = ()) -> None:
     """Raise if an experiment contains a link, a pipe or a device: a write there would go elsewhere.
 
     Two links are ours: result.json, to the metrics.jsonl beside it, and Optuna's lock, which is
     never opened.
+
+    Args:
+        finished: names of trials into whose folders nothing will be written, so their content is
+            not looked at.
     """
     found = []
+    of_trials = (str(trials_folder(experiment)), str(experiment / "tb"))
     for where, folders, names in os.walk(experiment):
-        for path in (Path(where) / name for name in (*folders, *names)):
+        here = [Path(where) / name for name in (*folders, *names)]
+        if where in of_trials:
+            folders[:] = [name for name in folders if name not in finished]
+        for path in here:
             kind = kind_of(path, follow=False)
             ours = path.name.startswith("study.journal.lock") or (
                 path.name == "result.json"

@@ -64,6 +64,8 @@ def feasible_first(
     things: Iterable[Limited], limits: Limits, metrics_of: Callable[[Limited], Mapping[str, Any]]
 ) -> list[Limited]:
     """Return things in their order, those that meet all limits before the others."""
+    if not limits:
+        return list(things)
     return sorted(things, key=lambda thing: not is_feasible(limits, metrics_of(thing)))
 
 

@@ -290,4 +290,6 @@ def sign(metric: str) -> int:
 def ranked(things: Iterable[Thing], metric: str, value: Callable[[Thing], float]) -> list[Thing]:
     """Return the items with a finite value, best first; of equals the first one first."""
     better = sign(metric)
-    return sorted((t for t in things if math.isfinite(value(t))), key=lambda t: -better * value(t))
+    valued = [(-better * value(thing), thing) for thing in things]
+    kept = [pair for pair in valued if math.isfinite(pair[0])]
+    return [thing for _, thing in sorted(kept, key=lambda pair: pair[0])]
