@@ -72,7 +72,7 @@ class _Reader:
             answer = self._asked(request)
             if answer is not None:
                 break
-            self.close()
+            self._kill()
             self._process = self._started()
         else:
             raise ReaderDied(
@@ -93,10 +93,16 @@ class _Reader:
             return answer if answer.endswith(b"\n") else None
         return None
 
-    def close(self) -> None:
+    def _kill(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+
+    def end(self) -> None:
+        """End the process, and give the memory back."""
+        self._kill()
+        self._memory.close()
+        os.close(self._handle)
 
 
 _idle: dict[int, list[_Reader]] = {}
@@ -108,7 +114,7 @@ def end_readers() -> None:
     """End the reader processes that this process has started."""
     for readers in _idle.values():
         while readers:
-            readers.pop().close()
+            readers.pop().end()
 
 
 @contextlib.contextmanager
