@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from tfkd_ray.learn.reader import IMAGES_AT_ONCE, fill
 from tfkd_ray.learn.shrunk import Kind, shrunk
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
@@ -306,9 +307,14 @@ class FolderSet:
         """Return what decodes some images in a thread of this process, and how many at once."""
         if self.decode_in == "threads":
             return decode_into, 1
-        from tfkd_ray.learn.reader import IMAGES_AT_ONCE, fill
+        return _decode_in_process, IMAGES_AT_ONCE
 
-        return fill, IMAGES_AT_ONCE
+
+def _decode_in_process(
+    files: Files, names: Sequence[str], crops: Sequence[Crop], out: Pixels
+) -> None:
+    """Decode as `decode_into` does, in a process of its own."""
+    fill(files.wire(), names, crops, out)
 
 
 def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:

@@ -1,10 +1,9 @@
 """Processes that decode image files, so that decoding takes no time from Python's lock of training.
 
-A reader is a process of `python -m tfkd_ray.learn.reader`: it imports neither torch nor Ray, gets one
-request at a time as a line of JSON, decodes its images into memory that it shares with the process
-that asked, and answers with a line. One that was killed is started again and asked again, so the
-images are the same. Readers are kept from epoch to epoch, and end with the process that started
-them.
+A reader is a process of reader_process.py: it imports neither torch nor Ray, gets one request at a
+time as a line of JSON, decodes its images into memory that it shares with the process that asked,
+and answers with a line. One that was killed is started again and asked again, so the images are the
+same. Readers are kept from epoch to epoch, and end with the process that started them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import contextlib
 import json
 import mmap
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfkd_ray.learn.images import Crop, Files, decode_into
 from tfkd_ray.settings.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tfkd_ray.learn.images import Pixels
+    from numpy.typing import NDArray
+
+Wire = list[Any]
+"""Where files are and how they are decoded, as JSON: a data set's name, a folder, S, ..."""
 
 IMAGES_AT_ONCE = 8
 """Images of a request."""
@@ -58,16 +58,18 @@ class _Reader:
         package = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         return subprocess.Popen(
-            [sys.executable, "-m", "tfkd_ray.learn.reader", handle],
+            [sys.executable, "-m", "tfkd_ray.learn.reader_process", handle],
             pass_fds=[self._handle],
             env={**os.environ, "PYTHONPATH": paths},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def fill(self, files: Files, names: Sequence[str], crops: Sequence[Crop], out: Pixels) -> None:
-        """Decode images into `out`, uint8 [n, 3, S, S]; see `decode_into`."""
-        request = json.dumps([files.wire(), names, crops]).encode() + b"\n"
+    def fill(
+        self, files: Wire, names: Sequence[str], crops: Sequence[Any], out: NDArray[np.uint8]
+    ) -> None:
+        """Decode images into `out`, uint8 [n, 3, S, S]."""
+        request = json.dumps([files, names, crops]).encode() + b"\n"
         for _ in range(MOST_DEATHS):
             answer = self._asked(request)
             if answer is not None:
@@ -76,8 +78,8 @@ class _Reader:
             self._process = self._started()
         else:
             raise ReaderDied(
-                f"data {files.name}: {MOST_DEATHS} reader processes died over {names[0]} and the {len(names) - 1} "
-                f"images after it in {files.folder}; is there enough memory, or is one of them damaged?"
+                f"data {files[0]}: {MOST_DEATHS} reader processes died over {names[0]} and the {len(names) - 1} "
+                f"images after it in {files[1]}; is there enough memory, or is one of them damaged?"
             )
         if problems := json.loads(answer):
             raise ConfigError(problems)
@@ -131,29 +133,12 @@ def one_of(image_bytes: int) -> Iterator[_Reader]:
         idle.append(reader)
 
 
-def fill(files: Files, names: Sequence[str], crops: Sequence[Crop], out: Pixels) -> None:
-    """Decode images in a reader process, as `decode_into` does; at most `IMAGES_AT_ONCE` of them."""
-    with one_of(3 * files.side * files.side) as reader:
+def fill(files: Wire, names: Sequence[str], crops: Sequence[Any], out: NDArray[np.uint8]) -> None:
+    """Decode at most `IMAGES_AT_ONCE` images in a reader process, into uint8 [n, 3, S, S].
+
+    Args:
+        names: paths below the folder.
+        crops: the numbers of each image's crop; see `images.Crop`.
+    """
+    with one_of(out[0].size) as reader:
         reader.fill(files, names, crops, out)
-
-
-def serve() -> None:
-    """Answer requests until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too
-    memory = mmap.mmap(int(sys.argv[1]), 0)
-    for line in sys.stdin.buffer:
-        wire, names, crops = json.loads(line)
-        files = Files.of_wire(wire)
-        shape = len(names), 3, files.side, files.side
-        out = np.frombuffer(memory, np.uint8, int(np.prod(shape))).reshape(shape)
-        answer: list[Any] = []
-        try:
-            decode_into(files, names, crops, out)
-        except ConfigError as error:
-            answer = list(error.problems)
-        sys.stdout.write(f"{json.dumps(answer)}\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    serve()
