@@ -97,10 +97,11 @@ def numbers() -> Figures:
 def compiled() -> Figures:
     """Three runs of one kind and four others with compile on: graphs, skips, memory, numbers."""
     import torch
+    from torch._dynamo.utils import counters
 
     from tfkd_ray.learn.loop import train
 
-    reserved, skips = [], 0
+    reserved = []
 
     def run(compile: str, widths: list[int], seed: int) -> Any:
         student = {"name": "cnn", "widths": widths}
@@ -112,7 +113,7 @@ def compiled() -> Figures:
     run("on", [16, 32], 2)
     for widths in [] if REHEARSED else ([8], [16], [24], [8, 16]):
         run("on", widths, 0)
-    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    skips = counters["inductor"]["cudagraph_skips"]
     weights = [epoch.state()["model"] for epoch in (plain, first)]
     unlike = max(
         (weights[0][k].float() - v.float()).abs().max().item() for k, v in weights[1].items()
@@ -187,8 +188,9 @@ def profile() -> Figures:
 
     from tfkd_ray.learn.loop import train
 
-    steps = 20
-    run = train(small(student="resnet18" if not REHEARSED else "mlp", subset=128 * steps, epochs=4))
+    c = small(student="mlp" if REHEARSED else "resnet18", epochs=4)
+    steps = len(c.data.load()[0]) // c.optim.batch_size
+    run = train(c)
     next(run), next(run)
     with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
         start = time.perf_counter()
@@ -274,10 +276,9 @@ def small(**changes: Any) -> Any:
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.settings.schema import validated
 
-    subset = changes.pop("subset", None)
     tree = {
         "objective": "ce",
-        "data": {"name": "digits"} | ({"subset": min(subset, 1000)} if subset else {}),
+        "data": "digits",
         "student": {"name": "cnn", "widths": [16, 32]},
         "precision": "fp32",
         "gpus_per_worker": on_gpu(1),

@@ -24,7 +24,7 @@ from tfkd_ray.learn.augment import Augment
 from tfkd_ray.learn.chance import chance_note
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder, Imagenet
-from tfkd_ray.learn.images import _TURNS, AHEAD, FolderSet, crop_box
+from tfkd_ray.learn.images import _TURNS, AHEAD, Files, FolderSet, crop_box
 from tfkd_ray.learn.loop import Epoch, train
 from tfkd_ray.learn.models import Cnn
 from tfkd_ray.learn.objectives import CrossEntropy
@@ -263,9 +263,8 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same(
 def one_image(path: Path, side: int = 32, crop: list[float] | None = None) -> np.ndarray:  # type: ignore[type-arg]
     """Return the [3, S, S] pixels of a file in training or validation."""
     crops = None if crop is None else torch.tensor([crop])
-    images = FolderSet(
-        "image_folder", path.parent, (path.name,), torch.zeros(1).long(), torch.zeros(1), 1, side, 1
-    )
+    place = Files("image_folder", path.parent, side, "none")
+    images = FolderSet(place, (path.name,), torch.zeros(1).long(), torch.zeros(1), 1, 1)
     return next(images.read([torch.arange(1)], crops))[0].numpy()
 
 

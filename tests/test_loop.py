@@ -19,6 +19,7 @@ from conftest import AT_ONCE, TwoWorkers, long_after
 from torch import Tensor, nn
 
 from tfkd_ray.learn import loop
+from tfkd_ray.learn.augment import Augment
 from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
 from tfkd_ray.learn.config import Constant, Step, TrainConfig
 from tfkd_ray.learn.data import Digits
@@ -816,3 +817,45 @@ def test_the_gradient_ratio_is_that_of_the_weighted_parts() -> None:
     assert gradient_ratio([norms]) == pytest.approx((kd / ce).item(), rel=1e-5)
     alone = gradient_norms(CrossEntropy(), CrossEntropy().terms(logits, labels), logits)
     assert gradient_ratio([alone]) == 0
+
+
+# --- what a GPU does at once ----------------------------------------------------------------------
+
+
+def test_images_augmented_many_at_once_are_those_of_one_batch_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    augment = {"crop_padding": 1, "flip": True, "rotation_degrees": 15, "erase": 0.5, "mixup": 0.2}
+    data = {"name": "digits", "subset": 300}
+    tree = {"objective": "ce", "student": "mlp", "augment": augment, "data": data, "epochs": 2}
+    c = validated(TrainConfig, {**tree, "optim": {"batch_size": 32}})
+    called: list[int] = []
+    real = Augment.__call__
+
+    def counted(self: Augment, images: Tensor, view: Any) -> Tensor:
+        called.append(len(images))
+        return real(self, images, view)
+
+    monkeypatch.setattr(Augment, "__call__", counted)
+    singly = numbers(list(train(c)))
+    assert max(called) <= 2 * 34
+    called.clear()
+    monkeypatch.setitem(loop.TOGETHER, "cpu", 100 * 64)  # three batches
+    assert numbers(list(train(c))) == singly
+    assert max(called) == 2 * 96
+
+
+def test_the_next_epoch_is_drawn_while_one_trains_on_a_gpu() -> None:
+    asked, drawn = [threading.Event() for _ in range(4)], list[int]()
+
+    def draw(epoch: int) -> Any:
+        drawn.append(epoch)
+        asked[epoch].set()
+        return epoch
+
+    ahead = loop._drawn_ahead(draw, range(1, 4), torch.device("cuda", 0))
+    assert next(ahead) == 1 and asked[2].wait(10) and not asked[3].is_set()  # type: ignore[comparison-overlap]
+    assert [*ahead] == [2, 3] and drawn == [1, 2, 3]  # type: ignore[comparison-overlap]
+    assert [*loop._drawn_ahead(draw, range(3, 3), torch.device("cuda", 0))] == []
+    here = loop._drawn_ahead(draw, range(1, 3), torch.device("cpu"))
+    assert next(here) == 1 and drawn == [1, 2, 3, 1]  # type: ignore[comparison-overlap]

@@ -463,6 +463,15 @@ class TrainConfig(Settings):
             )
         elif gpus > 1 and gpus % 1:
             yield f"gpus_per_worker: above 1 it must be a whole number, got {gpus:g}"
+        readers = getattr(self.data, "readers", 0)
+        if (
+            getattr(self.data, "decode_in", "threads") == "processes"
+            and readers > self.cpus_per_worker
+        ):
+            yield (
+                f"data.readers: {readers} processes that decode images need as many CPUs, and cpus_per_worker is "
+                f"{self.cpus_per_worker}; set both alike, or data.decode_in: threads"
+            )
         if self.accelerator_type and not gpus:
             yield (
                 f"accelerator_type: {self.accelerator_type} is a kind of GPU; set gpus_per_worker, too"

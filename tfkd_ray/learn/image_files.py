@@ -36,14 +36,17 @@ from tfkd_ray.learn.dataset import (
 )
 from tfkd_ray.learn.images import (
     IMAGE_SUFFIXES,
+    Files,
     FolderSet,
     Images,
     all_decoded,
     check_headers,
     image_names,
 )
+from tfkd_ray.learn.shrunk import Kind, kept_as, kept_bytes, small_images
 from tfkd_ray.settings.errors import ConfigError, Sentences
-from tfkd_ray.settings.files import cached_file, expanded, opened, read_at_most
+from tfkd_ray.settings.files import cached_file, expanded, free_bytes, opened, read_at_most
+from tfkd_ray.settings.yaml import Tree
 
 TEST_SHARE, TEST_SEED = 0.2, 1998
 """Share of each class that is the test split of a single folder, and the seed that chooses it."""
@@ -208,6 +211,8 @@ class FolderDataset(FileDataset):
     """
 
     streams = True
+    places = FileDataset.places | {"decode_in"}
+    later = FileDataset.later | {"decode_in", "cache"}
     recipes = {
         "paper": IMAGENET,
         "modern": {
@@ -226,7 +231,16 @@ class FolderDataset(FileDataset):
     std: tuple[Spread, Spread, Spread] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
     """Standard deviation in the same units."""
     readers: Annotated[int, Field(ge=1, le=256)] = 4
-    """Threads per worker that decode ahead of training. They affect no number."""
+    """Threads or processes per worker that decode ahead of training. They affect no number."""
+    decode_in: Literal["threads", "processes"] = "threads"
+    """threads: share Python's lock with training, which limits a worker to some 2,000 images a
+    second, whatever `readers` is. processes: have none, and need as many `cpus_per_worker`. It
+    affects no number."""
+    cache: Kind = "none"
+    """raw, 256: keeps each image of more than 256 pixels (for an `image_size` of 224; else 8/7 of
+    it) brought to this short side, as pixels or as a JPEG, when it is first read. Crops are then cut
+    from the smaller image, which gives other numbers: 4 or more times as fast, and blurred where a
+    crop is small. The folder is ~/.cache/tfkd_ray/images on each node."""
 
     @property
     def shape(self) -> ImageShape:
@@ -311,8 +325,27 @@ class FolderDataset(FileDataset):
 
         count = len(files)
         none, positions = torch.zeros(count, dtype=torch.int64), torch.arange(count)
-        sizes = count, self.image_size, self.readers
-        return FolderSet(self.name, folder, files, none, positions, *sizes)
+        place = Files(self.name, folder, self.image_size, self.cache)
+        return FolderSet(place, files, none, positions, count, self.readers, self.decode_in)
+
+    def identity(self) -> Tree:
+        tree = super().identity()
+        if self.cache != "none":
+            short = Files(self.name, self._root, self.image_size, self.cache).short
+            tree["cache"] = kept_as(self.cache, short)
+        return tree
+
+    def notes(self) -> Sentences:
+        if self.cache == "none":
+            return
+        files = Files(self.name, self._root, self.image_size, self.cache)
+        count = sum(len(self._whole(split)) for split in SPLITS)
+        needed, free = count * kept_bytes(self.cache, files.short), free_bytes(small_images())
+        if needed > free:
+            yield (
+                f"data.cache: {self.cache} may need {needed / 1e9:.2g} GB in {small_images()}, and "
+                f"{free / 1e9:.2g} are free; images without room are brought to their size each time they are read"
+            )
 
 
 def _part_of(split: Split, files: list[str], labels: list[int]) -> tuple[list[str], list[int]]:
@@ -352,7 +385,7 @@ class ImageFolder(FolderDataset):
     """
 
     # the folder identifies the data set
-    places = {"readers"}
+    places = {"readers", "decode_in"}
     known_by_digest = {"root"}
     origin = "put images at root/train/CLASS/ and root/val/CLASS/, or all at root/CLASS/"
 
@@ -378,6 +411,7 @@ class ImageFolder(FolderDataset):
         return single_folder(self._root)
 
     def notes(self) -> Sentences:
+        yield from super().notes()
         folder = self._single_folder()
         if folder is not None:
             count = len(self._whole("test"))

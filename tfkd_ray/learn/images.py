@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from tfkd_ray.learn.reader import IMAGES_AT_ONCE, fill
+from tfkd_ray.learn.shrunk import Kind, shrunk
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
 
@@ -35,8 +37,11 @@ if TYPE_CHECKING:
     Pixels = NDArray[np.uint8]
 
 
-AHEAD = 2
+AHEAD = 4
 """Batches that are decoded ahead of the one in training."""
+Crop = Sequence[float] | None
+"""Numbers of a random crop, see `crop_box`. None: the shorter side is resized to 256/224 of S, and
+the centre is cropped."""
 
 
 def address(seed: int, *stream: str | int) -> int:
@@ -150,13 +155,70 @@ class ImageSet:
         return (self.stored[batch if self.rows is None else self.rows[batch]] for batch in batches)
 
 
-@dataclass(frozen=True)
-class FolderSet:
-    """Images of one split that stay in their files; each is decoded when it is read."""
+class Files(NamedTuple):
+    """Where image files are, and how they are decoded: all that a reader process needs to know."""
 
     name: str
     """Name of the data set, for errors."""
     folder: Path
+    side: int
+    """S: images are decoded to S x S."""
+    cache: Kind
+    """Whether images are kept with a short side of `short`, and how; see `shrunk`."""
+
+    @property
+    def short(self) -> int:
+        """Return the short side to which images are brought before a centre crop: 256 for 224."""
+        return round(self.side * 256 / 224)
+
+    def wire(self) -> list[Any]:
+        """Return the same as JSON."""
+        return [self.name, str(self.folder), self.side, self.cache]
+
+    @classmethod
+    def of_wire(cls, wire: list[Any]) -> Files:
+        """Return what `wire` has made JSON of."""
+        name, folder, side, cache = wire
+        return cls(name, Path(folder), side, cache)
+
+
+def decode_into(files: Files, names: Sequence[str], crops: Sequence[Crop], out: Pixels) -> None:
+    """Decode image files into `out`, uint8 [n, 3, S, S].
+
+    Args:
+        names: paths below the folder.
+        crops: one for each of them.
+    """
+    for k, (name, crop) in enumerate(zip(names, crops, strict=True)):
+        path = files.folder / name
+
+        def view(image: Image.Image, crop: Crop = crop) -> Image.Image:
+            return (
+                _centre(image, files.side)
+                if crop is None
+                else _cut_to_size(image, crop, files.side)
+            )
+
+        if files.cache == "none":
+            out[k] = decoded(files.name, path, view)
+        else:
+            out[k] = np.asarray(view(_small_image(files, path))).transpose(2, 0, 1)
+
+
+def _small_image(files: Files, path: Path) -> Image.Image:
+    """Return an image from the cache of smaller ones."""
+
+    def make(path: Path) -> Image.Image:
+        return opened_as(files.name, path, lambda image: _brought_to(image, files.short))
+
+    return shrunk(path, files.cache, files.short, make)
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """Images of one split that stay in their files; each is decoded when it is read."""
+
+    place: Files
     files: tuple[str, ...]
     """Paths below the folder, one per image."""
     labels: Tensor
@@ -166,10 +228,14 @@ class FolderSet:
     name."""
     official_size: int
     """Number of images in that official set."""
-    side: int
-    """S: images are decoded to S x S."""
     readers: int
-    """Number of threads that decode ahead."""
+    """Number of threads, or processes, that decode ahead."""
+    decode_in: Literal["threads", "processes"] = "threads"
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of all files."""
+        return self.place.folder
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -195,7 +261,7 @@ class FolderSet:
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, uint8 [B, 3, S, S], on the CPU.
 
-        `readers` threads decode ahead.
+        `readers` threads or processes decode ahead.
 
         Args:
             crops: float [N, 4] on the CPU, see `crop_box`. None, or [N, 0]: the shorter side is
@@ -222,25 +288,33 @@ class FolderSet:
         """Return (the batch, still empty; the futures that fill it)."""
         import torch
 
+        side = self.place.side
         images = torch.empty(
-            len(plan), 3, self.side, self.side, dtype=torch.uint8, pin_memory=self.labels.is_cuda
+            len(plan), 3, side, side, dtype=torch.uint8, pin_memory=self.labels.is_cuda
         )
-        numbers: list[list[float] | None] = (
-            [None] * len(plan) if crops is None else crops[plan].tolist()
-        )
-        pixels, indices = images.numpy(), plan.tolist()
-        return images, [
-            pool.submit(self._decode, i, crop, pixels[k])
-            for k, (i, crop) in enumerate(zip(indices, numbers, strict=True))
-        ]
-
-    def _decode(self, index: int, crop: list[float] | None, out: Pixels) -> None:
-        def view(image: Image.Image) -> Image.Image:
-            return (
-                _centre(image, self.side) if crop is None else _cut_to_size(image, crop, self.side)
+        numbers: list[Crop] = [None] * len(plan) if crops is None else crops[plan].tolist()
+        names = [self.files[i] for i in plan.tolist()]
+        fill, size = self._filler()
+        jobs = []
+        for start in range(0, len(names), size):
+            part = slice(start, start + size)
+            jobs.append(
+                pool.submit(fill, self.place, names[part], numbers[part], images.numpy()[part])
             )
+        return images, jobs
 
-        out[:] = decoded(self.name, self.folder / self.files[index], view)
+    def _filler(self) -> tuple[Callable[..., None], int]:
+        """Return what decodes some images in a thread of this process, and how many at once."""
+        if self.decode_in == "threads":
+            return decode_into, 1
+        return _decode_in_process, IMAGES_AT_ONCE
+
+
+def _decode_in_process(
+    files: Files, names: Sequence[str], crops: Sequence[Crop], out: Pixels
+) -> None:
+    """Decode as `decode_into` does, in a process of its own."""
+    fill(files.wire(), names, crops, out)
 
 
 def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
@@ -255,10 +329,21 @@ def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -
     Args:
         name: of the data set, for errors.
     """
+    return np.asarray(opened_as(name, path, view)).transpose(2, 0, 1)
+
+
+def opened_as(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Return an image file after `view`; raise a ConfigError that names one which cannot be read.
+
+    Args:
+        name: of the data set, for errors.
+    """
     try:
         with opened(path) as file, Image.open(file) as image:
             _check_kept_values(image, file)
-            return np.asarray(view(image)).transpose(2, 0, 1)
+            found = view(image)
+            found.load()
+            return found
     except _NotEightBits as error:
         raise ConfigError(f"data {name}: {path}: {error}") from None
     except Exception as error:  # a damaged image can raise any exception
@@ -410,12 +495,23 @@ def _cut_to_size(image: Image.Image, crop: Sequence[float], size: int) -> Image.
 
 def _centre(image: Image.Image, size: int) -> Image.Image:
     """Return the centre crop as torchvision does: shorter side resized to size * 256 / 224, RGB."""
-    short, sides = round(size * 256 / 224), _upright_size(image)
-    wide, high = (int(short * side / min(sides)) for side in sides)
+    resized = _resized(image, round(size * 256 / 224))
+    wide, high = resized.size
     left, top = round((wide - size) / 2), round((high - size) / 2)
-    whole = (0.0, 0.0, *_shrunk(image, wide, high))
-    resized = rgb(image).resize((wide, high), Image.Resampling.BILINEAR, whole)
     return resized.crop((left, top, left + size, top + size))
+
+
+def _resized(image: Image.Image, short: int) -> Image.Image:
+    """Return the image with its shorter side resized to `short`, RGB."""
+    sides = _upright_size(image)
+    wide, high = (int(short * side / min(sides)) for side in sides)
+    whole = (0.0, 0.0, *_shrunk(image, wide, high))
+    return rgb(image).resize((wide, high), Image.Resampling.BILINEAR, whole)
+
+
+def _brought_to(image: Image.Image, short: int) -> Image.Image:
+    """Return the image with a shorter side of at most `short`, RGB."""
+    return rgb(image) if min(image.size) <= short else _resized(image, short)
 
 
 def _shrunk(image: Image.Image, width: float, height: float) -> tuple[float, float]:

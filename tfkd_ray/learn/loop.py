@@ -50,7 +50,14 @@ from tfkd_ray.learn.features import (
     tapped_student,
 )
 from tfkd_ray.learn.gpu import why_no_gpu
-from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
+from tfkd_ray.learn.images import (
+    Images,
+    ImageSet,
+    address,
+    generator,
+    random_states,
+    seed_all,
+)
 from tfkd_ray.learn.initial import factors_by_depth, set_training
 from tfkd_ray.learn.mixing import Mixed
 from tfkd_ray.learn.models import (
@@ -172,14 +179,15 @@ def train(
 
         # 5. Epochs
         external, told = _runs_external_code(config), False
-        for epoch in range(len(history), config.epochs):
+        left = range(len(history), config.epochs)
+        drawn = _drawn_ahead(functools.partial(_draw_epoch, config, train_set), left, device)
+        for epoch in left:
             if history and config.is_last(history[-1]):
                 return
             start, watch = time.perf_counter(), Stopwatch(device)
-            order = epoch_order(train_set, config.seed, epoch).to(device)
-            batches = split_batches(order, optim.batch_size, workers)
+            order, view = next(drawn)
+            batches = split_batches(order.to(device), optim.batch_size, workers)
             shares = [batch.tensor_split(workers)[rank] for batch in batches]
-            view = config.augment.of_epoch(config.seed, epoch, train_set, config.data.shape[1:])
             labels_of = view.labels_of(train_set.labels)
             lessons.begin_epoch(epoch, functools.partial(seen, view))
             more = (
@@ -848,16 +856,62 @@ def _seen(
     """
     mean, std = scale
     device, (view, mix) = mean.device, seen_so
-    read = shares
+    groups = [[mine] for mine in shares]
+    if isinstance(train_set, ImageSet):
+        groups = _batches_together(
+            shares, TOGETHER[device.type] // math.prod(config.data.shape[1:])
+        )
+    wholes = [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
+    read = wholes
     if mix is not None:
         mix = mix.on(device)
-        read = [torch.cat([mine, mix.partner[mine]]) for mine in shares]
-    parts = zip(shares, train_set.read(read, view.crop), seen_so.of_each(read, device), strict=True)
-    for mine, images, drawn in parts:
+        read = [torch.cat([whole, mix.partner[whole]]) for whole in wholes]
+    found = train_set.read(read, view.crop), seen_so.of_each(read, device)
+    for group, whole, images, drawn in zip(groups, wholes, *found, strict=True):
         augmented = config.augment(images.to(device, non_blocking=True), drawn)
         normal = augmented.to(mean.dtype, copy=True).sub_(mean).div_(std)
         normal = config.augment.erased(normal, drawn)
-        yield normal if mix is None else mix.of(mine)(*normal.split(len(mine)))
+        if mix is not None:
+            normal = mix.of(whole)(*normal.split(len(whole)))
+        yield from normal.split([len(mine) for mine in group])
+
+
+TOGETHER = {"cpu": 0, "cuda": 2**22}
+"""Pixels of images in memory that are augmented at once, such as 4,096 images of 32x32: on a GPU the
+launches are what takes time, and on a CPU fewer images stay in its cache."""
+
+
+def _batches_together(shares: list[Tensor], most: int) -> list[list[Tensor]]:
+    """Return batches of indices in groups of at most `most` images, or of one batch."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for mine in shares:
+        if not groups or len(mine) > room:
+            groups.append([])
+            room = most
+        groups[-1].append(mine)
+        room -= len(mine)
+    return groups
+
+
+_Drawn = tuple[Tensor, EpochView]
+"""The order of an epoch's images, and how it sees them."""
+
+
+def _drawn_ahead(
+    draw: Callable[[int], _Drawn], epochs: range, device: torch.device
+) -> Iterator[_Drawn]:
+    """Yield what is drawn for each epoch; on a GPU, the next one is drawn while an epoch trains."""
+    if device.type == "cpu":
+        yield from map(draw, epochs)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(draw, epochs.start) if epochs else None
+        for epoch in epochs:
+            assert following is not None, f"{epochs=}"
+            drawn = following.result()
+            following = thread.submit(draw, epoch + 1) if epoch + 1 in epochs else None
+            yield drawn
 
 
 def _new_student(
@@ -1355,6 +1409,11 @@ def epoch_order(images: Images, seed: int, epoch: int) -> Tensor:
     """
     priority = torch.randperm(images.official_size, generator=generator(seed, "order", epoch))
     return priority[images.positions].argsort()
+
+
+def _draw_epoch(config: TrainConfig, images: Images, epoch: int) -> _Drawn:
+    view = config.augment.of_epoch(config.seed, epoch, images, config.data.shape[1:])
+    return epoch_order(images, config.seed, epoch), view
 
 
 def split_batches(order: Tensor, batch_size: int, workers: int) -> list[Tensor]:
