@@ -1132,41 +1132,51 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _take_stock(self, studies: Sequence[Study]) -> None:
         """Read the studies: trial numbers, their groups, and the trials that must run (again)."""
-        latest: dict[int, FrozenTrial] = {}
-        for g, study in enumerate(studies):
-            for trial in _trials(study):
-                n = trial.user_attrs.get("number")
-                if n is not None:
-                    latest[n], self._group_of[n] = (
-                        trial,
-                        g,
-                    )  # a later attempt replaces an earlier one
-                elif trial.state == TrialState.RUNNING:
-                    study.tell(trial.number, state=TrialState.FAIL)
-        places = {group.name: g for g, group in enumerate(self.space.groups)}
-        for trial in self._outside:  # they have ended, and count for their group
-            if (n := trial.user_attrs.get("number")) is not None:
-                latest[n], self._group_of[n] = trial, places.get(trial.user_attrs["group"], -1)
+        latest = self._latest_attempts(studies)
         self._started = {
             n: trial.number for n, trial in latest.items() if not trial.state.is_finished()
         }
         self._next = max(latest, default=-1) + 1
         self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
         self._counts = collections.Counter(self._group_of.values())
+        self._look(studies)
+        self._fill_ladder(studies, latest)
+        self._action = None
+
+    def _latest_attempts(self, studies: Sequence[Study]) -> dict[int, FrozenTrial]:
+        """Return the last attempt at each trial, by number, and note its group.
+
+        An incomplete proposal has failed.
+        """
+        latest: dict[int, FrozenTrial] = {}
+        for g, study in enumerate(studies):
+            for trial in _trials(study):
+                n = trial.user_attrs.get("number")
+                if n is not None:
+                    latest[n], self._group_of[n] = trial, g
+                elif trial.state == TrialState.RUNNING:
+                    study.tell(trial.number, state=TrialState.FAIL)
+        places = {group.name: g for g, group in enumerate(self.space.groups)}
+        for trial in self._outside:  # they have ended, and count for their group
+            n = trial.user_attrs.get("number")
+            if n is not None:
+                latest[n], self._group_of[n] = trial, places.get(trial.user_attrs["group"], -1)
+        return latest
+
+    def _fill_ladder(self, studies: Sequence[Study], latest: Mapping[int, FrozenTrial]) -> None:
+        """Take up what pausing halving sees of the trials."""
         factor, maximize = (
             getattr(self.space.stopping, "factor", 1),
             self.space.search.mode == "max",
         )
         rungs = self.space.rungs if self.pauses else []
         self._ladder = Ladder(len(studies), rungs, factor, maximize=maximize)
-        self._look(studies)
         outside = {t.user_attrs.get("number") for t in self._outside}
         over = {n for study in studies for n in study.user_attrs.get("over", [])}
         for n, trial in latest.items():
             if self._follows and n not in outside:
                 entrant = _as_entrant(trial, self.space.rungs, over=n in over)
                 self._ladder.put(self._group_of[n], entrant)
-        self._action = None
 
     def _look(self, studies: Sequence[Study]) -> None:
         """Take up what samplers and rungs see of the studies."""

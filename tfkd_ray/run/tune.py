@@ -753,19 +753,14 @@ def _tuner(
             else tune_config.max_concurrent_trials or None  # 0 means no limit
         ),
     )
-    # who looks at each epoch, or times it, gets it at once
-    buffered = (
-        isinstance(tune_config.scheduler, _NoSnapshot)
-        and run_config.stop is None
-        and space.search.trial_timeout_s is None
-        and only_ours([*callbacks, *(run_config.callbacks or [])])
-    )
+    users = [*callbacks, *(run_config.callbacks or [])]
+    buffered = _may_bring_several(space, tune_config, run_config, users)
     banked = any(any(branch.example.banks) for branch in space.branches)
     callbacks = in_order(
         lock,
         TensorBoard(experiment / "tb", space, space.search.metric),
         losses,
-        [*callbacks, *(run_config.callbacks or [])],
+        users,
         budget=budget,
         stops=stops,
         labels=SoftLabels(experiment) if banked else None,
@@ -793,6 +788,24 @@ def _ends_itself(space: Space) -> bool:
     search = space.search
     by_budget = search.num_samples is None
     return isinstance(space.stopping, Pausing) or by_budget or search.finalists is not None
+
+
+def _may_bring_several(
+    space: Space,
+    tune_config: tune.TuneConfig,
+    run_config: tune.RunConfig,
+    users: Iterable[tune.Callback],
+) -> bool:
+    """Return True if a message of a trial may bring several epochs.
+
+    Whoever looks at each epoch, or times it, gets it at once.
+    """
+    return (
+        isinstance(tune_config.scheduler, _NoSnapshot)
+        and run_config.stop is None
+        and space.search.trial_timeout_s is None
+        and only_ours(users)
+    )
 
 
 def only_ours(callbacks: Iterable[tune.Callback]) -> bool:
