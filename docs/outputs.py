@@ -1,4 +1,4 @@
-"""Rewrites the outputs that README and docs show, from runs: `make docs-outputs`.
+"""Rewrites the outputs that README, docs and the notebook show, from runs: `make docs-outputs`.
 
 Above a block of commands stands what of the last command's output it shows:
 
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 SHOWN = "<!-- shown:"
 BLOCK = re.compile(r"(?:<!-- shown: ?([^\n]*?) ?-->\n)?```(sh|console)\n(.*?)```", re.S)
 FILE = re.compile(r"```(?:python|yaml)\n(# (\S+\.(?:py|yaml))\n.*?)```", re.S)
+NOTEBOOK = ROOT / "examples/tune_digits.ipynb"
 PICTURES = {"README.md": {"parallel.svg": ROOT / "docs/images/digits.svg"}}
 """Of a page, the figures of its newest experiment's report and where they are kept."""
 EXACT = {
@@ -62,9 +63,9 @@ NUMBER = re.compile(r"([-+]?)(\d+(?:\.(\d+))?(?:e-?\d+)?)")
 
 
 def pages() -> list[Path]:
-    """Return the pages that show outputs."""
+    """Return the pages that show outputs, and the notebook."""
     every = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [page for page in every if SHOWN in page.read_text()]
+    return [*(page for page in every if SHOWN in page.read_text()), NOTEBOOK]
 
 
 def commands_of(block: str) -> list[str]:

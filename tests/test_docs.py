@@ -396,11 +396,13 @@ def test_no_page_names_a_place_that_only_we_have() -> None:
 # --- the notebook
 
 
-def test_the_notebook_is_kept_without_output() -> None:
+def test_the_notebook_is_kept_with_its_outputs_and_without_errors() -> None:
     cells = json.loads((ROOT / "examples/tune_digits.ipynb").read_text())["cells"]
-    assert all(
-        not c["outputs"] and c["execution_count"] is None for c in cells if c["cell_type"] == "code"
-    )
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert all(cell["outputs"] for cell in code) and "error" not in kinds
+    assert "image/svg+xml" in code[-1]["outputs"][-1]["data"]
 
 
 @pytest.mark.ray
@@ -422,10 +424,8 @@ def test_the_notebook_runs_from_space_to_report(ray_cluster: str, tmp_path: Path
     follows = [t for t in texts if "of 8 trials" in t]
     assert len(follows) == 1 and "8 of 8 trials" in follows[0]  # one output, kept up to date
     assert any("8 trials, 0 errors; best: val_accuracy 0." in t for t in texts)
-    assert (
-        "iframe" in shown[-1]["data"]["text/html"]
-        and (tmp_path / "report.html").stat().st_size > 10**5
-    )
+    assert "image/svg+xml" in shown[-1]["data"]
+    assert (tmp_path / "report.html").stat().st_size > 10**5
     said = [line for o in shown if o.get("name") == "stderr" for line in o["text"].splitlines()]
     assert not [
         line for line in said if "ipywidgets" not in line and "tqdm" not in line
