@@ -313,7 +313,7 @@ def _parser() -> ArgumentParser:
         "--num-samples", type=_count, metavar="N", help="number of trials, over all objectives"
     )
     sub.add_argument("--prior", type=experiment_place, action="append", default=[], metavar="DIR",
-                     help="earlier experiment to learn from: its trials that lie in this space")  # fmt: skip
+                     help="earlier experiment; the sampler learns from its trials that lie in this space")  # fmt: skip
     sub.add_argument(
         "--study-storage",
         metavar="URL",

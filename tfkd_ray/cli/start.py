@@ -58,11 +58,11 @@ def init_verb(args: Namespace) -> int:
 
 def _on_data(text: str, root: Path, name: str, out: Path) -> str:
     """Return the text of a shipped file for images in a folder, or for its own data set there."""
+    from tfkd_ray.space.arms import is_arms_file
     from tfkd_ray.space.fitted import (
         data_of,
         fitted_space,
         holds_classes,
-        is_arms_file,
         look_at,
         rooted,
         with_head,
@@ -88,7 +88,7 @@ def _on_data(text: str, root: Path, name: str, out: Path) -> str:
         say_error("a fifth of each class is the test split, the same images each time")
     file, stem = shell_word(out), shell_word(Path(out.stem))
     confirm = f"tfkd confirm {file}"
-    if not is_arms_file(text):
+    if not is_arms_file(name):
         confirm = f"tfkd tune {file} --name {stem} && tfkd confirm {stem}"
     return with_head(text, [f"{name}, fitted to the images in {root}.", "", f"  {confirm}"])
 

@@ -66,16 +66,16 @@ def table_of_arms(
     for name in shown:
         arm = arms[name]
         cells = [on_one_line(name), *(str(arm.counts[state]) for state in states)]
-        cells.append(_spread(list(arm.values.values()), ".4f", plus_minus))
+        cells.append(_mean_and_sd(list(arm.values.values()), ".4f", plus_minus))
         if rivals:
             rival = arms.get(baselines.get(name, ""), ArmSoFar())
             pairs = paired_differences(arm.values, rival.values)
-            lead = _spread(pairs, "+.4f", plus_minus)
+            lead = _mean_and_sd(pairs, "+.4f", plus_minus)
             cells.append(f"{lead} ({len(pairs)})" if pairs else "")
         yield "\t".join(cells)
 
 
-def _spread(values: Sequence[float], form: str, plus_minus: str) -> str:
+def _mean_and_sd(values: Sequence[float], form: str, plus_minus: str) -> str:
     """Return mean and standard deviation of finite values as text; empty without values."""
     known = [value for value in values if math.isfinite(value)]
     if not known:

@@ -892,8 +892,6 @@ def _time_parts(found: Tree) -> list[str]:
         parts.append(f"{found['rate']:.2g} epochs/s")
     if found["left_s"] is not None:
         parts.append(f"about {duration(found['left_s'])} left")
-    if found["state"] == "interrupted":
-        parts.append("resume with: tfkd resume")
     return parts
 
 

@@ -427,7 +427,9 @@ def arms_of(
     for name in [b for b in BASELINES if b in rivals]:
         found = [record for where in there for record in _full(where) if record.objective == name]
         found = ranked_trials(found, metric, limits)
-        rival = (found[0].name, found[0].config) if found else (name, _fixed(experiment, name))
+        rival = (
+            (found[0].name, found[0].config) if found else (name, _fixed_baseline(experiment, name))
+        )
         arms.append({"name": rival[0], "config": rival[1], "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
     records = [record for where in there for record in read_records(where)]
@@ -483,7 +485,7 @@ def arms_of(
     )
 
 
-def _fixed(experiment: Path, baseline: str) -> Tree:
+def _fixed_baseline(experiment: Path, baseline: str) -> Tree:
     """Return the configuration of a baseline whose settings are all fixed, so that nothing is tuned."""
     space = baseline_space(experiment, [baseline], 1)
     if space.parameters:

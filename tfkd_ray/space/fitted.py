@@ -185,11 +185,6 @@ def data_of(text: str) -> str:
     return str(given["name"] if isinstance(given, dict) else given)
 
 
-def is_arms_file(text: str) -> bool:
-    """Return whether a file is one of arms, not a search space."""
-    return "arms" in parse_yaml(text, "the shipped file")
-
-
 def with_head(text: str, lines: Iterable[str]) -> str:
     """Return a file's text with these comment lines at its head, in place of those there."""
     head = "".join(f"# {line}".rstrip() + "\n" for line in lines)
