@@ -31,7 +31,7 @@ from tfkd_ray.space.space import Space, build_space
 HERE = Path(__file__).parent
 START_S, AGAIN_S, SPREAD = 8.0, 0.3, 0.1
 EPOCH_S = {"ce": 0.5, "lsr": 0.5, "tfkd_reg": 0.55, "tfkd_self": 0.7, "kd": 0.9}
-SWEEPS = [(n, slots, stopping) for n, slots in ((20, 2), (60, 4), (60, 16), (200, 8))
+SWEEPS = [(n, slots, stopping) for n, slots in ((30, 2), (60, 4), (60, 16), (200, 8))
           for stopping in ("halving", "none", "median", "hyperband")]  # fmt: skip
 
 

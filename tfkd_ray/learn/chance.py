@@ -43,8 +43,7 @@ def _guessing_on(data: Dataset) -> tuple[int, float, float] | None:
 
 def chance_note(data: Dataset, accuracy: float | None) -> str | None:
     """Return a sentence if an accuracy on validation is no better than guessing, else None."""
-    known = None if accuracy is None else guessing_on(data)
-    if known is None:
+    if accuracy is None or (known := guessing_on(data)) is None:
         return None
     n, usual, highest = known
     if accuracy > highest:
