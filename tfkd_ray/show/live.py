@@ -510,7 +510,7 @@ class Progress(OwnCallback):
         new = self._plan.not_begun(b.row for b in begun.values())
         left = self._pace.seconds_left(begun, new, self._plan.rule, time.monotonic())
         is_over = not new and all(run.status not in ("running", "paused") for run in runs)
-        if left is None or is_over and not self._further_left():
+        if left is None or (is_over and not self._further_left()):
             return ""
         if rate := self._rate():
             left += self._further_left() / rate

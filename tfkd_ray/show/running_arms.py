@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tfkd_ray.learn.models import Model
 from tfkd_ray.settings.columns import on_one_line
 from tfkd_ray.space.arms import Arms
 from tfkd_ray.store.experiment import STATUSES
@@ -28,11 +29,13 @@ def baselines_by_arm(compared: Arms) -> dict[str, str]:
 
     It is the one that the arm names, else the first baseline with the same student.
     """
+    first: dict[Model, str] = {}
+    for arm in compared.arms:
+        if arm.part == "baseline":
+            first.setdefault(arm.config.student, arm.name)
     found = {}
     for arm in compared.arms:
-        rivals = [b.name for b in compared.arms if b.config.student == arm.config.student
-                  and b.part == "baseline"]  # fmt: skip
-        named = arm.baseline or next(iter(rivals), arm.name)
+        named = arm.baseline or first.get(arm.config.student, arm.name)
         if named != arm.name:
             found[arm.name] = named
     return found
