@@ -18,10 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import optuna
 from curves import SPACES, Table, load
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from search import studies_in_memory
 
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
 from tfkd_ray.show.pace import Begun, Pace
@@ -31,7 +31,7 @@ from tfkd_ray.space.space import Space, build_space
 HERE = Path(__file__).parent
 START_S, AGAIN_S, SPREAD = 8.0, 0.3, 0.1
 EPOCH_S = {"ce": 0.5, "lsr": 0.5, "tfkd_reg": 0.55, "tfkd_self": 0.7, "kd": 0.9}
-SWEEPS = [(n, slots, stopping) for n, slots in ((20, 2), (60, 4), (60, 16), (200, 8))
+SWEEPS = [(n, slots, stopping) for n, slots in ((30, 2), (60, 4), (60, 16), (200, 8))
           for stopping in ("halving", "none", "median", "hyperband")]  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("table", choices=SPACES)
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    studies_in_memory()
     table = load(args.table)
     print(
         "| trials | at once | stopping | ratio, median (5 % to 95 %) | within 1.5 |\n|" + "---|" * 5

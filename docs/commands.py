@@ -34,7 +34,7 @@ def own_lines(verb: str, parser: ArgumentParser) -> Iterator[str]:
     options = [action for action in listed if action.option_strings]
     arguments = [action for action in listed if not action.option_strings]
     words = [parser.prog, *["[options]"][: len(options)], *(value_of(a, parser) for a in arguments)]
-    usage = parser.usage or " ".join(words)
+    usage = (parser.usage or " ".join(words)) % {"prog": parser.prog}
     yield from ("```text", usage, "```", "")
     if listed:
         rows = [row(action, parser) for action in [*arguments, *options]]
@@ -60,7 +60,7 @@ def row(action: Action, parser: ArgumentParser) -> str:
     if action.option_strings:
         names = [f"{name} {value}".strip() for name in action.option_strings]
     else:
-        names = [value.strip("[]").removesuffix(" ...")]
+        names = [value.split(" ")[0].strip("[]")]  # of EXPERIMENT [EXPERIMENT ...], the first
     shown = ", ".join(f"`{name}`" for name in names)
     meaning = parser._get_formatter()._expand_help(action)
     return f"| {escaped(shown)} | {escaped(meaning)} |"

@@ -1,4 +1,4 @@
-"""Rewrites the outputs that README and docs show, from runs: `make docs-outputs`.
+"""Rewrites the outputs that README, docs and the notebook show, from runs: `make docs-outputs`.
 
 Above a block of commands stands what of the last command's output it shows:
 
@@ -23,18 +23,24 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHOWN = "<!-- shown:"
 BLOCK = re.compile(r"(?:<!-- shown: ?([^\n]*?) ?-->\n)?```(sh|console)\n(.*?)```", re.S)
 FILE = re.compile(r"```(?:python|yaml)\n(# (\S+\.(?:py|yaml))\n.*?)```", re.S)
+NOTEBOOK = ROOT / "examples/tune_digits.ipynb"
 PICTURES = {"README.md": {"parallel.svg": ROOT / "docs/images/digits.svg"}}
 """Of a page, the figures of its newest experiment's report and where they are kept."""
+SCREENS = {"README.md": ROOT / "docs/images/hparams.png"}
+"""Of a page, where the parallel coordinates of its newest experiment are kept, as Chromium shows them."""
 EXACT = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_CBWR": "AVX2",
@@ -58,13 +64,14 @@ MASKED = (
     r"(?:/[\w.-]+){2,}",  # places
     r"about [\d,]+ seeds",  # as uncertain as the lead that they would show
 )
+LIVE_COUNT = re.compile(r"\d+ of \d+ trials, \d+ running")
 NUMBER = re.compile(r"([-+]?)(\d+(?:\.(\d+))?(?:e-?\d+)?)")
 
 
 def pages() -> list[Path]:
-    """Return the pages that show outputs."""
+    """Return the pages that show outputs, and the notebook."""
     every = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [page for page in every if SHOWN in page.read_text()]
+    return [*(page for page in every if SHOWN in page.read_text()), NOTEBOOK]
 
 
 def commands_of(block: str) -> list[str]:
@@ -98,7 +105,7 @@ def fresh_text(page: Path, folder: Path) -> str:
 
 
 def fresh_notebook(page: Path, folder: Path) -> str:
-    """Return a notebook with the outputs of its cells, without what they print as warnings."""
+    """Return a notebook with the outputs of its cells, without warnings of missing widgets."""
     import nbclient
     import nbformat
 
@@ -110,14 +117,22 @@ def fresh_notebook(page: Path, folder: Path) -> str:
     for cell in book.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if not wants_widgets(output)]
     return str(nbformat.writes(book)) + "\n"
+
+
+def wants_widgets(output: Mapping[str, Any]) -> bool:
+    """Return whether an output only warns that Jupyter's widgets are missing, which nothing needs."""
+    lines = str(output.get("text", "")).splitlines()
+    return output.get("name") == "stderr" and all(
+        "ipywidgets" in line or "tqdm" in line for line in lines
+    )
 
 
 def texts_of(notebook: str) -> list[str]:
     """Return the code of a notebook's cells, and what they print, line by line.
 
-    Without live views, which show times.
+    Of a live view, which shows times, it is the count of trials.
     """
     lines = []
     for cell in json.loads(notebook)["cells"]:
@@ -125,7 +140,7 @@ def texts_of(notebook: str) -> list[str]:
         for output in cell.get("outputs", []):
             shown = output.get("text") or output.get("data", {}).get("text/plain", [])
             text = "".join(shown)
-            lines += [] if " of 8 trials" in text else text.splitlines()
+            lines += LIVE_COUNT.findall(text)[:1] or text.splitlines()
     return lines
 
 
@@ -238,6 +253,41 @@ def keep_pictures(page: str, folder: Path) -> None:
         output_of("tfkd report --figures figures", folder)
     for name, target in kept.items():
         shutil.copy(folder / "figures" / name, target)
+    if page in SCREENS:
+        with tensorboard(folder) as url:
+            take_picture(url, SCREENS[page])
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """Serve the newest experiment below a folder; yield the address."""
+    command = ["tfkd", "tensorboard", "@last", "--port", "0"]
+    server = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        yield server.stderr.readline().split()[1]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate()
+
+
+def take_picture(url: str, target: Path) -> None:
+    """Write a picture of HParams' parallel coordinates."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = chromium.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(120_000)
+        page.goto(f"{url}#hparams")
+        page.locator("text=Parallel coordinates view").click()
+        page.locator("tf-hparams-parallel-coords-plot svg .foreground path").first.wait_for(
+            state="attached"
+        )
+        page.screenshot(path=target)
+        chromium.close()
 
 
 def start_ray() -> None:

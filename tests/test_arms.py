@@ -263,10 +263,10 @@ def test_a_baseline_with_fewer_trials_than_the_winner_is_to_be_tuned(
     assert untuned(sweep) == {}
     shutil.rmtree(sweep / "trials/t0007-lsr")
     assert untuned(sweep) == {"lsr": 3}
-    space = baseline_space(sweep, {"lsr": 3})
+    space = baseline_space(sweep, ["lsr"], 3)
     assert [b.objective for b in space.branches] == ["lsr"] and space.search.num_samples == 3
     assert {p.name for p in space.parameters} == {"optim.lr", "objective.lsr.alpha"}
-    both = baseline_space(sweep, {"ce": 3, "lsr": 3})
+    both = baseline_space(sweep, ["ce", "lsr"], 3)
     assert [g.name for g in both.groups] == ["ce", "lsr"] and both.search.num_samples == 6
 
 
@@ -293,7 +293,7 @@ def test_tune_and_the_report_name_a_baseline_in_name_only(
     assert said[1:] in (tmp_path / "r.html").read_text()
 
 
-def test_baselines_of_a_grid_are_tuned_by_a_sampler_and_one_without_ranges_runs_once(
+def test_baselines_of_a_grid_are_tuned_by_a_sampler_and_one_without_ranges_is_an_arm_as_it_is(
     tmp_path: Path,
 ) -> None:
     grid = {"sampler": "grid", "baselines": False}
@@ -305,9 +305,16 @@ def test_baselines_of_a_grid_are_tuned_by_a_sampler_and_one_without_ranges_runs_
     config = space.branches[0].config(values).model_dump(mode="json")
     write_record(Record(folder, 0, "t0000-kd", "kd", "done", values, config))
     (folder / "metrics.jsonl").write_text('{"epoch": 2, "val_accuracy": 0.9}\n')
-    assert untuned(tmp_path / "g") == {"ce": 1, "lsr": FEWEST_TRIALS}
-    tuned = baseline_space(tmp_path / "g", untuned(tmp_path / "g"))
-    assert tuned.search.num_samples == 2 * FEWEST_TRIALS and tuned.sampler.name == "tpe"
+    assert untuned(tmp_path / "g") == {"lsr": FEWEST_TRIALS}
+    tuned = baseline_space(tmp_path / "g", ["lsr"], FEWEST_TRIALS)
+    assert tuned.search.num_samples == FEWEST_TRIALS and tuned.sampler.name == "tpe"
+    with pytest.raises(
+        ConfigError, match="no full-length trial of the baseline lsr; tune it first"
+    ):
+        arms_of(tmp_path / "g")
+    compared = arms_of(tmp_path / "g", rivals=rivals_of("ce"))
+    assert [arm.name for arm in compared.arms] == ["t0000-kd", "ce"]
+    assert compared.named("ce").config.objective.name == "ce"
 
 
 def trials(objective: str, values: list[float], status: str = "done") -> list[Record]:

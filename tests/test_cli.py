@@ -144,7 +144,7 @@ def test_a_directory_is_no_file(here: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["tune"], "the following arguments are required: file"),
+        (["tune"], "the following arguments are required: FILE"),
         (["tun", "mine.yaml"], "no such verb: 'tun'; did you mean 'tune'?"),
         (["check", "mine.yaml", "optm.lr=1"], "optm: no such setting; did you mean 'optim'?"),
         (["check", "mine.yaml", "epochs"], "an override is key.path=value"),

@@ -131,7 +131,7 @@ def reads(storage: Path, out: Path) -> Iterator[tuple[str, Any]]:
     yield "confirm, its arms", lambda: arms.arms_of(sweep)
     yield (
         "confirm, its baselines",
-        lambda: arms.baseline_space(sweep, arms.untuned(sweep) or {"ce": 1}),
+        lambda: arms.baseline_space(sweep, arms.untuned(sweep) or ["ce"], 1),
     )
     (out.parent / "tb").mkdir(exist_ok=True)
     yield (

@@ -15,6 +15,7 @@ from tfkd_ray.store.experiment import (
     read_experiment,
     read_metrics,
     read_records,
+    study_and_space,
     write_experiment,
     write_record,
 )
@@ -93,3 +94,19 @@ def test_a_line_after_one_that_was_cut_is_a_line_of_its_own(tmp_path: Path) -> N
     append_line(path, "two")
     append_line(path, "three", durable=True)
     assert path.read_text() == "one\ncu\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(
+    "study, expected",
+    [
+        (None, ("tfkd", 1)),
+        ("mine", ("mine", 1)),
+        ("tfkd@2", ("tfkd", 2)),
+        ("lab@home", ("lab@home", 1)),  # a name of the user's, in a database
+        ("lab@home@13", ("lab@home", 13)),
+    ],
+)
+def test_a_study_says_in_which_space_the_sweep_goes_on(
+    study: str | None, expected: tuple[str, int]
+) -> None:
+    assert study_and_space(study) == expected

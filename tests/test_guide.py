@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -290,6 +292,16 @@ def test_train_on_a_search_space_says_what_to_do_instead(
 # --- spaces and init
 
 
+def test_colorama_which_ray_imports_writes_no_escape_at_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    colorama, dropped = ModuleType("colorama.initialise"), list[Any]()
+    colorama.reset_all = object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "colorama.initialise", colorama)
+    monkeypatch.setattr("atexit.unregister", dropped.append)
+    assert main(["completion", "bash"]) == 0 and dropped == [colorama.reset_all]
+
+
 @pytest.mark.slow
 def test_spaces_lists_every_file_that_ships_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     found = {space.name: space for space in shipped_spaces()}
@@ -375,7 +387,10 @@ def test_init_fits_a_copy_to_a_folder_of_images(
     assert all(run.optim.batch_size <= config.optim.batch_size for run in runs)
     text = (here / file).read_text()
     assert "# 120 images in train, as `tfkd init` counted them\ndata: " in text
-    assert text.splitlines()[0].startswith("# ")  # its comments are kept
+    begin = f"tfkd confirm {file}" if is_arms else f"tfkd tune {file} --name {name} && tfkd confirm"
+    head = text.splitlines()[:3]
+    assert head[:2] == [f"# {name}, fitted to the images in pictures.", "#"] and begin in head[2]
+    assert "Fashion-MNIST" not in text.partition("\n\n")[0]
 
 
 @pytest.mark.parametrize(

@@ -737,7 +737,7 @@ def test_baselines_that_are_tuned_later_begin_with_the_same_weights(
 ) -> None:
     made = space(objective="tfkd_reg", init=init)
     write_experiment(tmp_path / "e", made.tree, ["tfkd"])
-    found = baseline_space(tmp_path / "e", {"ce": 2, "lsr": 2})
+    found = baseline_space(tmp_path / "e", ["ce", "lsr"], 2)
     run = found.branches[0].example
     assert (run.initial_weights or run.init) == kept
 

@@ -379,7 +379,7 @@ def test_of_223_arms_those_that_run_are_shown_and_the_rest_counted(tmp_path: Pat
     progress, out = view(tmp_path / "c")
     assert len(progress.lines(80, 24)) <= 23
     for n in (0, 1, 2):
-        run_arm = start(progress, f"arm-{n}-s1001", arm=f"arm-{n}")
+        run_arm = start(progress, f"arm-{n}-s1001", arm=f"arm-{n}", parameters={"seed": 1001})
         tell(progress, run_arm, EPOCHS, 0.5)
         progress.on_trial_complete(0, [], run_arm)
     for n in (100, 222):
@@ -390,15 +390,43 @@ def test_of_223_arms_those_that_run_are_shown_and_the_rest_counted(tmp_path: Pat
     assert lines[0].startswith("c: 3 of 446 trials, 2 running")
     assert f"and {223 - len(rows)} more, of which 0 have begun" in lines
     assert any(line.endswith("arm-222-s1001  4/9") for line in lines)
-    assert any("mean train_ce" in line for line in lines)
+    assert any(line.endswith("train_ce  vs arm-0") for line in lines)
     assert lines[-1].startswith("not a verdict: cross-entropy") and "test_accuracy" not in str(
         lines
     )
-    assert (
-        "rung" not in "".join(lines)
-        and "vs ce" not in "".join(lines)
-        and "arm-0-s1001: done" in out.getvalue()
-    )
+    assert "rung" not in "".join(lines) and "arm-0-s1001: done" in out.getvalue()
+
+
+@pytest.mark.parametrize("hold_out", [True, False], ids=["validation", "all"])
+def test_arms_that_run_show_paired_differences_of_what_is_known_before_the_test_split(
+    tmp_path: Path, hold_out: bool
+) -> None:
+    arms = [
+        {"name": "reg", "objective": "tfkd_reg"},
+        {"name": "plain", "objective": "ce"},
+        {"name": "smoothed", "objective": "lsr"},
+    ]
+    compared = build_arms({"title": "Few", "arms": arms, "student": "mlp", "epochs": EPOCHS})
+    new_comparison(compared, [1001, 1002, 1003], tmp_path / "c", hold_out=hold_out)
+    progress, _ = view(tmp_path / "c")
+    known = {"reg": (0.6, 0.5, 0.9), "plain": (0.4, 0.6), "smoothed": (0.3,)}
+    metric = "val_accuracy" if hold_out else "train_ce"
+    for arm, values in known.items():
+        for seed, value in zip((1001, 1002, 1003), values, strict=False):
+            trial = start(progress, f"{arm}-s{seed}", arm=arm, parameters={"seed": seed})
+            result = {"epoch": EPOCHS, metric: value, "seconds": 2.0, "test_accuracy": 0.1234}
+            progress.on_trial_result(0, [], trial, result)
+            if value != 0.9:  # which runs still
+                progress.on_trial_complete(0, [], trial)
+    lines = progress.lines(80, 24)
+    table = [line.split() for line in lines if line.startswith("● ") or "vs plain" in line]
+    assert table == [
+        ["done", "running", metric, "vs", "plain"],
+        ["●", "reg", "2", "1", *["0.5500", "±", "0.0707", "+0.0500", "±", "0.2121", "(2)"]],
+        ["●", "plain", "2", "0", *["0.5000", "±", "0.1414"]],
+        ["●", "smoothed", "1", "0", "0.3000", "-0.1000", "(1)"],
+    ]
+    assert "0.1234" not in "".join(lines)
 
 
 NOTEBOOK = """

@@ -135,4 +135,4 @@ def test_a_grid_has_no_first_points() -> None:
 def test_baselines_that_are_tuned_later_have_no_points_of_other_objectives(tmp_path: Path) -> None:
     tree = tree_of([{"objective": "lsr", "optim.lr": 0.1}])
     write_experiment(tmp_path, build_space(tree).tree, ["tfkd"])
-    assert baseline_space(tmp_path, {"ce": 4}).search.points == ()
+    assert baseline_space(tmp_path, ["ce"], 4).search.points == ()

@@ -21,6 +21,7 @@ import pytest
 from filelock import FileLock
 from rich.cells import cell_len
 
+from tfkd_ray.cli.main import main
 from tfkd_ray.run.callbacks import Lock
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import legible, write_text
@@ -237,7 +238,7 @@ def test_the_last_line_is_the_last_whole_one_however_long(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_sweep_runs_while_its_driver_holds_the_lock_and_is_interrupted_once_that_is_killed(
-    small: Path, driver: Any
+    small: Path, driver: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = change(small, 1, status="running")
     (folder / "metrics.jsonl").write_text(line(1, 0.5) + line(2, 0.6) + '{"epoch": 3, "val_ac')
@@ -256,7 +257,8 @@ def test_a_sweep_runs_while_its_driver_holds_the_lock_and_is_interrupted_once_th
         and found["trials"]["running"] == 0
         and found["trials"]["interrupted"] == 1
     )
-    assert any("tfkd resume" in line_ for line_ in status_lines(found))
+    assert main(["status", str(small)]) == 0
+    assert f"resume with:\n  tfkd resume {small}" in capsys.readouterr().out
     assert "interrupted" in trials_table(small, filter=["number=1"])
 
 

@@ -103,6 +103,8 @@ def test_a_folded_line_keeps_its_words_and_its_indent() -> None:
         "    ends",
         "  tfkd x y z w v u",
     ]
+    said = "tfkd tune: a sentence of some words"
+    assert folded(said, 20).splitlines() == ["tfkd tune: a", "  sentence of some", "  words"]
     assert folded(text, 100) == text and folded("", 10) == "" and folded("\n", 10) == "\n"
 
 

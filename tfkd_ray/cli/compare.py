@@ -155,7 +155,7 @@ def _tuned_baselines(
         return None
     tuned = storage.folder / name
     if not (tuned / "experiment.yaml").is_file():
-        space = baseline_space(experiment, lacking)
+        space = baseline_space(experiment, lacking, max(lacking.values()))
         names = " and ".join(lacking)
         say_error(
             f"baselines: {names} had fewer trials than the winner's objective, or are tuned in name only; "

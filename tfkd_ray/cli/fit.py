@@ -27,10 +27,12 @@ def join_ray(address: str | None, workers: int) -> None:
     what = "starting Ray"
     if address or os.environ.get("RAY_ADDRESS"):
         what = "joining the Ray cluster"
-    say_error(what)
     import logging
 
-    with waiting(what):
+    with waiting() as line:
+        line.show(what)
+        if not line.is_seen:
+            say_error(what)
         from tfkd_ray.run.connect import ctrl_c_waits
 
         _connect(address, workers, ctrl_c_waits())
@@ -47,16 +49,14 @@ def _connect(address: str | None, workers: int, interrupts: AbstractContextManag
 
 
 @contextmanager
-def waiting(what: str = "") -> Iterator["Waiting"]:
-    """Show on a terminal, inside the block, that something takes its time."""
+def waiting() -> Iterator["Waiting"]:
+    """Return a line that shows on a terminal, inside the block, that something takes its time."""
     from rich.console import Console
 
     from tfkd_ray.show.waiting import Waiting
 
     shown = Waiting(Console(file=sys.stderr))
     try:
-        if what:
-            shown.show(what)
         yield shown
     finally:
         shown.stop()

@@ -4,9 +4,9 @@
 A new verb needs a line in `GROUPS` and two examples in `EXAMPLES`.
 """
 
-from argparse import ArgumentParser, _SubParsersAction
+from argparse import Action, ArgumentParser, _SubParsersAction
 from collections.abc import Collection, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tfkd_ray.settings.errors import did_you_mean, near_to
 from tfkd_ray.settings.meant import places_of
@@ -124,6 +124,12 @@ SHELLS = ("bash", "zsh", "fish")
 class Parser(ArgumentParser):
     """Parser of `tfkd` or of one of its verbs."""
 
+    def add_argument(self, *names: str, **options: Any) -> Action:
+        """Add an argument; the help shows one without a dash in capitals, as the docs do."""
+        if not names[0].startswith("-") and "choices" not in options:
+            options.setdefault("metavar", names[0].upper())
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         """Report an error of the command line, with passwords masked."""
         super().error(masked(message))
@@ -146,7 +152,7 @@ def overview(known: Collection[str]) -> str:
     ]
     for group, (example, verbs) in GROUPS.items():
         lines += ["", f"{group}, such as  {example}"]
-        lines += [f"  {verb:<12}{phrase}" for verb, phrase in verbs.items() if verb in known]
+        lines += [f"  {verb:<13}{phrase}" for verb, phrase in verbs.items() if verb in known]
     lines += [
         "",
         "tfkd VERB --help shows its options and examples; tfkd --version the version.",

@@ -4,6 +4,7 @@ Results go to standard output, progress and errors to standard error. Exit codes
 7 not better (confirm), 130 interrupted.
 """
 
+import atexit
 import contextlib
 import io
 import json
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command = command
     try:
         check_names(args)
-        with contextlib.redirect_stdout(_shown_output(args)):
+        with contextlib.redirect_stdout(_shown_output(args)), _without_reset_at_exit():
             code: int = args.run(args)
         sys.stdout.flush()
         if code == INTERRUPTED:
@@ -118,6 +119,16 @@ def _shown_output(args: Namespace) -> Any:
     if width is None or for_programs or args.verb in ("best", "completion", "report"):
         return Legible(sys.stdout)
     return Legible(sys.stdout, lambda text: folded(text, width))
+
+
+@contextlib.contextmanager
+def _without_reset_at_exit() -> Iterator[None]:
+    """Keep colorama, which Ray imports, from writing an escape to our output at exit."""
+    try:
+        yield
+    finally:
+        if colorama := sys.modules.get("colorama.initialise"):
+            atexit.unregister(colorama.reset_all)
 
 
 def _prepare_process() -> None:
@@ -302,7 +313,7 @@ def _parser() -> ArgumentParser:
         "--num-samples", type=_count, metavar="N", help="number of trials, over all objectives"
     )
     sub.add_argument("--prior", type=experiment_place, action="append", default=[], metavar="DIR",
-                     help="earlier experiment to learn from: its trials that lie in this space")  # fmt: skip
+                     help="earlier experiment; the sampler learns from its trials that lie in this space")  # fmt: skip
     sub.add_argument(
         "--study-storage",
         metavar="URL",

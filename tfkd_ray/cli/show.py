@@ -23,6 +23,7 @@ from tfkd_ray.cli.terminal import (
     how_made,
     load_file,
     say_error,
+    shell_word,
     short_path,
 )
 from tfkd_ray.settings.columns import wrapped
@@ -379,7 +380,10 @@ def status_verb(args: Namespace) -> int:
     try:
         with kept_up_to_date([args.experiment] if args.follow else []):
             for found in follow_status(experiment) if args.follow else [status(experiment)]:
-                text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
+                lines = [json.dumps(found, indent=1)] if args.json else status_lines(found)
+                if found["state"] == "interrupted" and not args.json:
+                    lines += ["resume with:", f"  tfkd resume {shell_word(experiment)}"]
+                text = "\n".join(lines)
                 if text != shown:
                     if args.follow and sys.stdout.isatty() and sys.__stdout__ is not None:
                         print(

@@ -44,7 +44,7 @@ def init_verb(args: Namespace) -> int:
     _check_unused(out)
     text = copied(text_of(known[name]), name, out)
     if args.data is not None:
-        text = _on_data(text, args.data)
+        text = _on_data(text, args.data, name, out)
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -56,9 +56,17 @@ def init_verb(args: Namespace) -> int:
     return OK
 
 
-def _on_data(text: str, root: Path) -> str:
+def _on_data(text: str, root: Path, name: str, out: Path) -> str:
     """Return the text of a shipped file for images in a folder, or for its own data set there."""
-    from tfkd_ray.space.fitted import data_of, fitted_space, holds_classes, look_at, rooted
+    from tfkd_ray.space.arms import is_arms_file
+    from tfkd_ray.space.fitted import (
+        data_of,
+        fitted_space,
+        holds_classes,
+        look_at,
+        rooted,
+        with_head,
+    )
 
     if data_of(text) != "digits" and root.is_dir() and not (root / "train").is_dir():
         try:
@@ -74,11 +82,15 @@ def _on_data(text: str, root: Path) -> str:
     place = "train" if seen.single is None else "one folder"
     say_error(
         f"{root}: {seen.images} images of {seen.classes} classes in {place}, read at {seen.size}x{seen.size}; "
-        "recipe, epochs and batch size are set for as many"
+        "recipe, epochs and batch size are set for this number"
     )
     if seen.single is not None:
         say_error("a fifth of each class is the test split, the same images each time")
-    return text
+    file, stem = shell_word(out), shell_word(Path(out.stem))
+    confirm = f"tfkd confirm {file}"
+    if not is_arms_file(name):
+        confirm = f"tfkd tune {file} --name {stem} && tfkd confirm {stem}"
+    return with_head(text, [f"{name}, fitted to the images in {root}.", "", f"  {confirm}"])
 
 
 def _check_unused(out: Path) -> None:

@@ -5,6 +5,7 @@ Shapes: N = images, K = classes.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -24,16 +25,31 @@ def guessing(labels: Tensor, num_classes: int) -> tuple[float, float]:
     return max(1 / K, commonest), max(1 / K + 2 * math.sqrt((1 - 1 / K) / K / n), commonest)
 
 
+def guessing_on(data: Dataset) -> tuple[int, float, float] | None:
+    """Return the number of validation images and `guessing` on them; None without validation.
+
+    It loads the data when it is first asked, and keeps the numbers.
+    """
+    return _guessing_on(data.model_copy(update={"digest": None, "unlabelled_digest": None}))
+
+
+@functools.lru_cache(maxsize=8)
+def _guessing_on(data: Dataset) -> tuple[int, float, float] | None:
+    val_set = data.load()[1]
+    if val_set is None:
+        return None
+    return len(val_set), *guessing(val_set.labels, data.num_classes)
+
+
 def chance_note(data: Dataset, accuracy: float | None) -> str | None:
     """Return a sentence if an accuracy on validation is no better than guessing, else None."""
-    val_set = data.load()[1]
-    if val_set is None or accuracy is None:
+    if accuracy is None or (known := guessing_on(data)) is None:
         return None
-    usual, highest = guessing(val_set.labels, data.num_classes)
+    n, usual, highest = known
     if accuracy > highest:
         return None
     return (
-        f"val_accuracy {accuracy:.4f} is no better than guessing, which is right on {usual:.1%} of the {len(val_set)} "
+        f"val_accuracy {accuracy:.4f} is no better than guessing, which is right on {usual:.1%} of the {n} "
         "validation images: nothing was learned. Train for more epochs, with another optim.lr or a smaller "
         "optim.batch_size, or look at the images and their labels"
     )

@@ -85,6 +85,7 @@ from tfkd_ray.store.experiment import (
     as_number,
     damaged,
     parse_json,
+    study_and_space,
 )
 from tfkd_ray.verdict.limits import excesses
 
@@ -1072,7 +1073,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def _read_outside(self) -> list[FrozenTrial]:
         """Return the trials that this space leaves out; there are none before it was changed."""
         name = f"{self.study}/{OUTSIDE}"
-        if "@" not in self.study or name not in optuna.study.get_all_study_names(self._storage):
+        is_first = study_and_space(self.study)[1] == 1
+        if is_first or name not in optuna.study.get_all_study_names(self._storage):
             return []
         study = optuna.load_study(study_name=name, storage=self._storage)
         return list(_trials(study))

@@ -22,6 +22,7 @@ from ray.tune.utils import flatten_dict
 from sqlalchemy.exc import OperationalError
 
 from tfkd_ray.learn import teachers
+from tfkd_ray.learn.chance import guessing_on
 from tfkd_ray.learn.checkpoint import BEFORE, LAST
 from tfkd_ray.learn.config import DRIVER, TeacherRun, TrainConfig
 from tfkd_ray.learn.dataset import forget_loaded, notes_on, seal_test_split
@@ -86,6 +87,7 @@ from tfkd_ray.store.experiment import (
     is_begun,
     read_experiment,
     read_records,
+    study_and_space,
     trials_folder,
     write_experiment,
 )
@@ -481,8 +483,8 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     alike = {b.objective: b.parameters for b in old.branches} == {
         b.objective: b.parameters for b in new.branches
     }
-    name, _, count = (old.search.study or "tfkd").partition("@")
-    study = old.search.study if alike else f"{name}@{int(count or 1) + 1}"
+    name, count = study_and_space(old.search.study)
+    study = old.search.study if alike else f"{name}@{count + 1}"
     samples = more_samples(new.search.num_samples, add_trials)
     budgets = old.search.budgets | new.search.budgets
     return _with_search(
@@ -528,6 +530,7 @@ def prepare(
         config.data.pinned()
     for note in (*notes_on(config.data), *batch_notes(config, begun=begun)):
         print(f"note: {note}", file=sys.stderr)
+    guessing_on(config.data)  # which the end of a sweep asks, when the data are gone
     forget_loaded()
     for note in config.try_own_code() if notes is None else notes:
         print(f"note: {note}", file=sys.stderr)

@@ -13,6 +13,8 @@ from tfkd_ray.settings.files import legible
 _NUMBER = re.compile(r"([-+<]?[\d.,/]+(e[-+]?\d+)?( ?%|x)?( (±|to) -?[\d.,]+)?|-|none|nan|)")
 """What a column of numbers may have below its head; intervals and missing numbers count."""
 
+_COMMAND = re.compile(r"(?!tfkd [a-z ]+: )(tfkd|ssh|pip) ")
+"""Begin of a command; a message begins with the verb that it is of, such as `tfkd tune: `."""
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -52,7 +54,7 @@ def folded(text: str, width: int) -> str:
 
 def _folded_line(line: str, width: int) -> str:
     words = line.lstrip(" ")
-    if cell_len(line) <= width or words.startswith(("tfkd ", "ssh ", "pip ")):
+    if cell_len(line) <= width or _COMMAND.match(words):
         return line
     indent = " " * min(len(line) - len(words), width // 2)
     return "\n".join(wrapped(words, width, first=indent, rest=f"{indent}  "))

@@ -404,11 +404,11 @@ def importance_section(sweep: Sweep) -> Figure:
         panels.append(Panel(title, Axis("share of the spread, %", span=(0.0, 100.0)),
                             Axis("", ticks=ticks, span=(-0.6, len(shares) - 0.4)), [bars], height=height))  # fmt: skip
     sentence = (
-        "Share of the spread of values that each setting explains by itself or with others. The model is Optuna's "
-        "fANOVA, a forest over the settings, each at its place in its range. It compares values at one epoch, the "
-        f"one in the title: the full length where {MIN_TRIALS} trials of an objective have it, else a rung, where "
-        "trials that were stopped later count, too, and settings that learn fast are ahead. Of few trials this "
-        "is rough."
+        "Share of the spread of values that each setting explains, alone or together with others. The model is "
+        "Optuna's fANOVA, a forest over the settings, each at its place in its range. The values are those at the "
+        f"epoch in the title: the full length if {MIN_TRIALS} trials of an objective have it, else a rung. At a rung, "
+        "trials that were stopped later count, too, and settings that learn fast look better. With few trials, the "
+        "shares are rough."
     )
     sentence += f" At most {MAX_FOREST} trials of an objective are looked at." if cut else ""
     lacking = f"importance of the settings of {some_of(few)}" if few else ""
@@ -510,7 +510,7 @@ def pareto_section(sweep: Sweep) -> Figure:
     return Figure(
         "pareto",
         f"{names[0][0].upper()}{names[0][1:]} against {' and '.join(names[1:])}",
-        "Each point is a trial of full length; those on the line are beaten by no other in both."
+        "Each point is a trial of full length; no other trial beats those on the line in both."
         + (many if front else ""),
         panels,
     )

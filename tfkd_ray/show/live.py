@@ -8,7 +8,6 @@ results to standard output at the end. The last screen stays. To show more, add 
 
 import html
 import math
-import statistics
 import sys
 import textwrap
 import time
@@ -31,6 +30,7 @@ from tfkd_ray.settings.yaml import Numbers, Tree, Values, in_yaml
 from tfkd_ray.show.colours import objective_colour
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.show.pace import Begun, Pace, epochs_left
+from tfkd_ray.show.running_arms import ArmSoFar, baselines_by_arm, table_of_arms
 from tfkd_ray.show.status import (
     ExperimentPlan,
     duration,
@@ -40,6 +40,7 @@ from tfkd_ray.show.status import (
     spent,
 )
 from tfkd_ray.show.waiting import FRAMES, Waiting
+from tfkd_ray.space.arms import Arms
 from tfkd_ray.space.search_config import Pausing, SearchConfig
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.ended import in_full, read_briefs
@@ -188,7 +189,11 @@ class Progress(OwnCallback):
         self._plan: ExperimentPlan = read_plan(self._experiment)
         self._metric = self._plan.metric or "train_loss"
         self._compared = _compared_metric(self._plan)
-        search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
+        is_sweep = self._plan.kind == "sweep"
+        if not is_sweep:
+            arms = validated(Arms, self._plan.about["compared"])
+            self._baselines = baselines_by_arm(arms)
+        search = self._plan.about["space"]["search"] if is_sweep else {}
         self._search = validated(
             SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)}
         )
@@ -390,7 +395,8 @@ class Progress(OwnCallback):
         below = [*self._best_so_far(width), *map(Text, self._best_lines(runs, width))]
         below += map(Text, self._rungs(runs, width))
         below += map(Text, self._further_lines())
-        below += [] if self._plan.metric else [Text(_NO_VERDICT[self._compared], "dim")]
+        if self._plan.metric is None:
+            below += [Text(line, "dim") for line in _NO_VERDICT[self._compared]]
         below += [Text(text) for text in self._waits(runs)]
         below += [Text(f"failed: {text}", "red") for text in self._failures[-3:]]
         below += map(Text, self._notes[-2:])
@@ -503,7 +509,8 @@ class Progress(OwnCallback):
         begun = {run.name: run.begun for run in runs}
         new = self._plan.not_begun(b.row for b in begun.values())
         left = self._pace.seconds_left(begun, new, self._plan.rule, time.monotonic())
-        if left is None:
+        is_over = not new and all(run.status not in ("running", "paused") for run in runs)
+        if left is None or (is_over and not self._further_left()):
             return ""
         if rate := self._rate():
             left += self._further_left() / rate
@@ -644,17 +651,15 @@ class Progress(OwnCallback):
             yield "\t".join([on_one_line(row), *counts, value]) + f"\t{lead}" * versus
 
     def _table_of_arms(self, by_row: dict[str, list[_Run]], shown: Sequence[str]) -> Iterator[str]:
-        """Yield what arms can be compared by before the test split is opened: means over seeds."""
-        yield f"\tdone\tfailed\trunning\tmean {self._compared}\tsd"
-        for row in shown:
-            count = Counter(run.status for run in by_row[row])
-            ended = [run for run in by_row[row] if run.status == "done"]
-            values = [_number_cell(run.last, self._compared) for run in ended]
-            values = [value for value in values if math.isfinite(value)]
-            mean = f"{statistics.fmean(values):.4f}" if values else ""
-            sd = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            counts = [str(count[s]) for s in ("done", "failed", "running")]
-            yield "\t".join([on_one_line(row), *counts, mean, sd])
+        arms = {row: ArmSoFar() for row in by_row}
+        for row, runs in by_row.items():
+            for run in runs:
+                arms[row].counts[run.status] += 1
+                value = _number_cell(run.last, self._compared)
+                if run.status == "done" and math.isfinite(value):
+                    arms[row].values[int(run.parameters["seed"])] = value
+        sign = "+-" if self._console.options.ascii_only else "±"
+        return table_of_arms(arms, shown, self._baselines, metric=self._compared, plus_minus=sign)
 
     def _running(self, runs: Sequence[_Run], width: int, *, most: int) -> list[Text]:
         """Return a line for each running trial: how far it is, its value, and its settings."""
@@ -737,11 +742,18 @@ def _compared_metric(plan: ExperimentPlan) -> str:
     return "val_accuracy" if plan.about.get("hold_out") else "train_ce"
 
 
+_OVER_SEEDS = "mean and sd over seeds; vs: the same of differences by seed (number of pairs)"
 _NO_VERDICT = {
-    "val_accuracy": "not a verdict: accuracy on validation, over seeds; the test split decides",
-    "train_ce": "not a verdict: cross-entropy on the images of training; the test split decides",
+    "val_accuracy": (
+        _OVER_SEEDS,
+        "not a verdict: accuracy on validation; the test split decides",
+    ),
+    "train_ce": (
+        _OVER_SEEDS,
+        "not a verdict: cross-entropy on the images of training; the test split decides",
+    ),
 }
-"""What the table of a comparison is not, by what it shows."""
+"""What the table of a comparison shows, and what it is not, by its metric."""
 
 
 def _number_cell(metrics: Values, name: str) -> float:

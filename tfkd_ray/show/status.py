@@ -50,6 +50,7 @@ from tfkd_ray.store.experiment import (
     read_spent,
     read_text,
     stop_requests,
+    study_and_space,
     trial_folders,
     with_further,
 )
@@ -487,7 +488,7 @@ def _further_seeds(records: Sequence[Record], plan: ExperimentPlan) -> Tree | No
     if over >= plan.trials:  # then the finalists are known
         begun = {record.number: len(record.further) for record in records if record.further}
         chosen = finalists_of(records, k, plan.metric, plan.limits)
-        if "@" in str(plan.about["space"]["search"].get("study")):
+        if study_and_space(plan.about["space"]["search"].get("study"))[1] > 1:
             chosen = []  # the sweep went on in another space, and some trials may lie outside
         planned = sum(max(seeds, begun.get(n, 0)) for n in {*chosen, *begun})
     counts = Counter(run.status for run in runs)
@@ -891,8 +892,6 @@ def _time_parts(found: Tree) -> list[str]:
         parts.append(f"{found['rate']:.2g} epochs/s")
     if found["left_s"] is not None:
         parts.append(f"about {duration(found['left_s'])} left")
-    if found["state"] == "interrupted":
-        parts.append("resume with: tfkd resume")
     return parts
 
 

@@ -26,11 +26,16 @@ class Waiting:
         self._text = ""
         self._since = 0.0
 
+    @property
+    def is_seen(self) -> bool:
+        """True if the line is shown: on a terminal that can move its cursor."""
+        return self._console.is_terminal and not self._console.is_dumb_terminal
+
     def show(self, text: str) -> None:
         """Show another text; the time counts on, from the first one."""
         self._since = self._since if self._text else time.monotonic()
         self._text = on_one_line(text)
-        if self._live is None and self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._live is None and self.is_seen:
             self._live = Live(
                 get_renderable=self.line,
                 console=self._console,

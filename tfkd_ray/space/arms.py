@@ -8,7 +8,7 @@ import copy
 import os
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -350,7 +350,7 @@ def untuned(experiment: Path) -> dict[str, int]:
     """Return the baselines to tune before a verdict, and how many trials each of them needs.
 
     These are baselines with fewer trials than the winner's objective, without one of full length,
-    and those that are tuned in name only.
+    and those that are tuned in name only. A baseline whose settings are all fixed is not one of them.
     """
     winner = _candidates(experiment, 1)[0]
     records = read_records(experiment)
@@ -363,16 +363,16 @@ def untuned(experiment: Path) -> dict[str, int]:
     lacking = {}
     for name in BASELINES:
         of_it = ended.get(name, [])
-        if name in in_name_only or len(of_it) < trials or "done" not in of_it:
-            searched = baseline_space(experiment, {name: 1}).parameters
-            lacking[name] = max(trials, FEWEST_TRIALS) if searched else 1
+        lacks = name in in_name_only or len(of_it) < trials or "done" not in of_it
+        if lacks and baseline_space(experiment, [name], 1).parameters:
+            lacking[name] = max(trials, FEWEST_TRIALS)
     return lacking
 
 
-def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
-    """Return the sweep's space with these baselines as its objectives, and these trials of each."""
+def baseline_space(experiment: Path, names: Iterable[str], trials: int) -> Space:
+    """Return the sweep's space with these baselines as its objectives, and so many trials of each."""
     tree = copy.deepcopy(read_experiment(experiment)["space"])
-    objectives = [TUNED_BASELINES[name] for name in lacking]
+    objectives = [TUNED_BASELINES[name] for name in names]
     tree = without_unlabelled(tree)
     tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
     tree["teacher"] = None
@@ -391,7 +391,7 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     if name_of(tree["search"].get("sampler")) == "grid":  # which is over the sweep's settings
         del tree["search"]["sampler"]
-    number = max(lacking.values()) * len(lacking)  # of each equally many
+    number = trials * len(objectives)
     tree["search"] |= {"num_samples": number, "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
 
@@ -427,12 +427,10 @@ def arms_of(
     for name in [b for b in BASELINES if b in rivals]:
         found = [record for where in there for record in _full(where) if record.objective == name]
         found = ranked_trials(found, metric, limits)
-        if not found:
-            raise ConfigError(
-                f"no full-length trial of the baseline {name}; tune it first", experiment
-            )
-        rival = found[0]
-        arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
+        rival = (
+            (found[0].name, found[0].config) if found else (name, _fixed_baseline(experiment, name))
+        )
+        arms.append({"name": rival[0], "config": rival[1], "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
     records = [record for where in there for record in read_records(where)]
     found_doubts = [d for d in doubts(records, metric, limits) if d.baseline in rivals]
@@ -485,6 +483,16 @@ def arms_of(
         },
         experiment,
     )
+
+
+def _fixed_baseline(experiment: Path, baseline: str) -> Tree:
+    """Return the configuration of a baseline whose settings are all fixed, so that nothing is tuned."""
+    space = baseline_space(experiment, [baseline], 1)
+    if space.parameters:
+        raise ConfigError(
+            f"no full-length trial of the baseline {baseline}; tune it first", experiment
+        )
+    return space.branches[0].config({}).tree
 
 
 def _with_code_of_now(arms: list[Tree]) -> tuple[list[Tree], list[str]]:

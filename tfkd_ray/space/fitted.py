@@ -8,7 +8,7 @@ configuration.
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,12 @@ def data_of(text: str) -> str:
     """Return the name of a file's data set."""
     given = parse_yaml(text, "the shipped file").get("data", "digits")
     return str(given["name"] if isinstance(given, dict) else given)
+
+
+def with_head(text: str, lines: Iterable[str]) -> str:
+    """Return a file's text with these comment lines at its head, in place of those there."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in lines)
+    return head + re.sub(r"\A(#.*\n)*", "", text)
 
 
 def rooted(text: str, root: Path) -> str:

@@ -26,6 +26,7 @@ import math
 import numbers
 import os
 import platform
+import re
 import select
 import shlex
 import statistics
@@ -110,6 +111,15 @@ def stop_requests(experiment: Path) -> set[str]:
     except OSError:  # nothing was asked
         return set()
     return {name for name in found if not name.endswith(PART)}
+
+
+def study_and_space(study: str | None) -> tuple[str, int]:
+    """Return the name with which a sweep's studies began, and the number of their space.
+
+    A sweep that goes on in another space, its second, has studies called NAME@2.
+    """
+    parts = re.fullmatch(r"(.+)@(\d+)", study or "")
+    return (study or "tfkd", 1) if parts is None else (parts[1], int(parts[2]))
 
 
 @dataclass(frozen=True)
