@@ -464,7 +464,7 @@ def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None
         raise ConfigError(problems)
 
 
-_SHAPES = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)
+_CROP_SHAPES = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)
 """log(w / h) of crops, from 3:4 to 4:3."""
 
 
@@ -481,9 +481,9 @@ def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, 
     """
     wide = math.log(width / height)
     # width of the interval of fitting areas, which begins at 8 %
-    room = (np.exp(-np.abs(_SHAPES - wide)) - 0.08).clip(1e-9)
+    room = (np.exp(-np.abs(_CROP_SHAPES - wide)) - 0.08).clip(1e-9)
     drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
-    shape = float(np.interp(crop[1] * drawn[-1], drawn, _SHAPES))
+    shape = float(np.interp(crop[1] * drawn[-1], drawn, _CROP_SHAPES))
     most = math.exp(-abs(shape - wide))
     area = (min(0.08, most) + crop[0] * max(most - 0.08, 0)) * width * height
     w = min(max(1, round(math.sqrt(area * math.exp(shape)))), width)
