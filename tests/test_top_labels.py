@@ -85,6 +85,7 @@ def test_the_lost_share_is_the_kl_of_a_slow_loop_and_grows_with_temperature() ->
     assert share_lost(many, 1.0) < share_lost(many, 4.0) < share_lost(many, 20.0)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_the_largest_logits_as_from_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

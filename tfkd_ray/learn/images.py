@@ -202,7 +202,7 @@ def decode_into(files: Files, names: Sequence[str], crops: Sequence[Crop], out: 
         if files.cache == "none":
             out[k] = decoded(files.name, path, view)
         else:
-            out[k] = np.asarray(view(_small_image(files, path))).transpose(2, 0, 1)
+            out[k] = _pixels(view(_small_image(files, path)))
 
 
 def _small_image(files: Files, path: Path) -> Image.Image:
@@ -329,7 +329,12 @@ def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -
     Args:
         name: of the data set, for errors.
     """
-    return np.asarray(opened_as(name, path, view)).transpose(2, 0, 1)
+    return _pixels(opened_as(name, path, view))
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    """Return uint8 [3, H, W] of an RGB or RGBX image."""
+    return np.asarray(image)[..., :3].transpose(2, 0, 1)
 
 
 def opened_as(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -459,6 +464,10 @@ def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None
         raise ConfigError(problems)
 
 
+_CROP_SHAPES = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)
+"""log(w / h) of crops, from 3:4 to 4:3."""
+
+
 def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
     """Return (left, top, width, height) of a random resized crop, always inside the image.
 
@@ -471,11 +480,10 @@ def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, 
         crop: uniform in [0, 1): area, shape, top, left.
     """
     wide = math.log(width / height)
-    shapes = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)  # log(w / h)
     # width of the interval of fitting areas, which begins at 8 %
-    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(1e-9)
+    room = (np.exp(-np.abs(_CROP_SHAPES - wide)) - 0.08).clip(1e-9)
     drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
-    shape = float(np.interp(crop[1] * drawn[-1], drawn, shapes))
+    shape = float(np.interp(crop[1] * drawn[-1], drawn, _CROP_SHAPES))
     most = math.exp(-abs(shape - wide))
     area = (min(0.08, most) + crop[0] * max(most - 0.08, 0)) * width * height
     w = min(max(1, round(math.sqrt(area * math.exp(shape)))), width)
@@ -544,6 +552,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
     None: the image is upright, or its EXIF data are missing or unreadable.
     """
+    if image.format is None:  # of no file, but of the cache, whose images are upright
+        return None
     if image.format not in ("JPEG", "MPO"):
         image.load()  # Pillow turns a TIFF itself; others may store EXIF data after the pixels
     try:
@@ -630,11 +640,11 @@ def _swapped(args: Any) -> Any:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, 8 bits per channel, upright."""
+    """Return the image in RGB, or in RGBX if it is, 8 bits per channel, upright."""
     turn, image = _turn(image), _eight_bits(image)
     # no colour changes, and Pillow would warn about a palette's transparency
     image.info.pop("transparency", None)
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode in ("RGB", "RGBX") else image.convert("RGB")  # X: no channel
     return image if turn is None else image.transpose(turn)
 
 

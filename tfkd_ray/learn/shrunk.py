@@ -27,7 +27,7 @@ Kind = Literal["none", "raw", 256]
 QUALITY = 90
 """Of JPEG, without subsampling of colours."""
 _SIZES = struct.Struct("<II")
-"""Width and height, before raw pixels."""
+"""Width and height, before raw pixels of 4 bytes, as Pillow has RGB in memory."""
 
 
 def kept_as(kind: Kind, short: int) -> str:
@@ -39,7 +39,7 @@ def kept_as(kind: Kind, short: int) -> str:
 def kept_bytes(kind: Kind, short: int) -> float:
     """Return about how many bytes a photograph of 4:3 has in the cache."""
     pixels = short * short * 4 / 3
-    return 3 * pixels if kind == "raw" else 0.7 * pixels
+    return 4 * pixels if kind == "raw" else 0.7 * pixels
 
 
 def small_images() -> Path:
@@ -50,13 +50,14 @@ def small_images() -> Path:
 def shrunk(
     source: Path, kind: Kind, short: int, make: Callable[[Path], Image.Image]
 ) -> Image.Image:
-    """Return an image with a short side of at most `short`, RGB and upright.
+    """Return an image with a short side of at most `short`, RGB or RGBX, and upright.
 
     Args:
+        source: an absolute path.
         make: reads it from its source, brought to that size.
     """
     facts = source.stat()
-    known_by = f"{source.absolute()}|{facts.st_size}|{facts.st_mtime_ns}|{kept_as(kind, short)}"
+    known_by = f"{source}|{facts.st_size}|{facts.st_mtime_ns}|{kept_as(kind, short)}"
     name = hashlib.sha256(os.fsencode(known_by)).hexdigest()[:32]
     kept = small_images() / name[:3] / name
     with contextlib.suppress(OSError, ValueError):
@@ -72,14 +73,17 @@ def shrunk(
 
 def _encoded(image: Image.Image, kind: Kind) -> bytes:
     if kind == "raw":
-        return _SIZES.pack(*image.size) + image.tobytes()
+        return _SIZES.pack(*image.size) + image.convert("RGBX").tobytes()
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
 def _opened(content: bytes, kind: Kind) -> Image.Image:
-    """Return the image in a file's content; raise OSError or ValueError if it is damaged."""
+    """Return the image in a file's content; raise OSError or ValueError if it is damaged.
+
+    Raw pixels are not copied.
+    """
     if kind != "raw":
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -88,9 +92,9 @@ def _opened(content: bytes, kind: Kind) -> Image.Image:
         raise ValueError(f"{len(content)} bytes")
     size = _SIZES.unpack_from(content)
     pixels = np.frombuffer(content, np.uint8, offset=_SIZES.size)
-    if len(pixels) != 3 * size[0] * size[1]:
+    if len(pixels) != 4 * size[0] * size[1]:
         raise ValueError(f"{len(pixels)} bytes of {size[0]}x{size[1]} pixels")
-    return Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1)
+    return Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1)
 
 
 _told_of: set[Path] = set()
