@@ -259,8 +259,10 @@ def _fixed(space: "Space", *, whole: bool) -> Sentences:
         "data": data.labelled,
         "recipe": recipe,
         "precision": space.tree["precision"],
+        "cpus_per_worker": space.example.cpus_per_worker,  # which readers of image files need
     }
     usual = dict(leaves_of(TrainConfig.model_validate(bare).tree))
+    usual["cpus_per_worker",] = TrainConfig.model_fields["cpus_per_worker"].default
     own = {"name", *data.model_dump(exclude_defaults=True)}
     searched = {p.path for p in space.parameters}
     count = 0

@@ -902,7 +902,9 @@ def assemble(
         verbose: Ray's own verbosity.
     """
     os.environ.update(_TUNE_SETTINGS)
-    os.environ["TUNE_RESULT_BUFFER_LENGTH"] = MANY_EPOCHS if buffered else "1"
+    os.environ.pop(_BUFFER, None)
+    if buffered:
+        os.environ[_BUFFER] = MANY_EPOCHS
     experiment = experiment.absolute()
     keep_keys_at_home()
     forget_lessons()
@@ -935,7 +937,7 @@ def assemble(
             # Ray names its staging folder by this and the second: the whole path, to be unique
             name=str(trials_folder(experiment).relative_to(experiment.anchor)),
             storage_path=experiment.anchor,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _BufferOfThisSweep()],
             failure_config=(
                 run_config.failure_config
                 if run_config.failure_config not in (None, tune.FailureConfig())
@@ -975,6 +977,20 @@ class Room(ConcurrencyLimiter):  # type: ignore[misc]
             self.searcher.set_max_concurrency(self.max_concurrent)
         found: Tree | None = super().suggest(trial_id)
         return found
+
+
+_BUFFER = "TUNE_RESULT_BUFFER_LENGTH"
+"""Environment variable of Tune: how many results of a trial one message may bring."""
+
+
+class _BufferOfThisSweep(OwnCallback):
+    """Removes Tune's setting of several epochs a message once Tune has read it.
+
+    A Tuner of the user's own, later in this process, would find it.
+    """
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        os.environ.pop(_BUFFER, None)
 
 
 _TUNE_SETTINGS = {
