@@ -467,6 +467,7 @@ class Terminal:
 LONG = ["epochs=200", "search.num_samples=2", "search.stopping=none"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.ray
 def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
