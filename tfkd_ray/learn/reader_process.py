@@ -15,7 +15,7 @@ from tfkd_ray.learn.images import Files, decode_into
 from tfkd_ray.settings.errors import ConfigError
 
 
-def main() -> None:
+def answer_requests() -> None:
     """Answer requests, a line of problems each, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too
     memory = mmap.mmap(int(sys.argv[1]), 0)
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests()
