@@ -54,7 +54,7 @@ class Followed:
         self._lock = threading.Lock()
         self._next = 0.0
         self._seen = self._look()
-        self._take(make())
+        self._take()
 
     def whole(self) -> str:
         """Return the whole page, with scripts and style."""
@@ -66,8 +66,10 @@ class Followed:
         self._renew(wait=False)
         return self._main
 
-    def _take(self, page: Page) -> None:
-        self._page, self._live = page, live_sentence(self._experiment)
+    def _take(self) -> None:
+        """Make the report; its sentence is read first, so that one called final is whole."""
+        live = live_sentence(self._experiment)
+        self._page, self._live = self._make(), live
         self._main = main_html(self._page, self._live)
 
     def _look(self) -> list[tuple[float, bool]]:
@@ -88,7 +90,7 @@ class Followed:
                 return
             seen = self._look()
             if seen != self._seen:
-                self._take(self._make())
+                self._take()
                 self._seen = seen
             took = time.monotonic() - begun
             self._next = begun + max(RENEW_S, took / SHARE)
