@@ -304,7 +304,7 @@ def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_
     held = [[m["seconds"] for m in r.metrics] for r in records]
     if name == "time_budget_s":
         assert all(sum(seconds[:-1]) <= 1.5 for seconds in held)
-        assert {r.status for r in records} <= {"interrupted"}, "none may have begun, if Ray is slow"
+        assert all(r.status == "interrupted" and r.metrics for r in records)
     elif name == "cpu_hours":
         assert sum(sum(seconds[:-1]) for seconds in held) <= 1.8
     else:

@@ -431,7 +431,7 @@ def test_what_is_no_logits_on_test_is_a_sentence(loops: Path, name: str, sentenc
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_loop_is_swept_stopped_early_shown_and_confirmed_by_its_test_function(
+def test_a_loop_is_swept_stopped_early_resumed_shown_and_confirmed_by_its_test_function(
     ray_cluster: str, tfkd: Run, loops: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "own_loop.py").write_text((EXAMPLES / "own_loop.py").read_text())
@@ -447,6 +447,9 @@ def test_a_loop_is_swept_stopped_early_shown_and_confirmed_by_its_test_function(
     assert all("loop.args.beta2" in r.parameters for r in records)
     tree = read_experiment(experiment)["space"]
     assert tree["loop"]["digest"] and tree["loop"]["test"] == "loops_of_mine:logits"
+    run = tfkd("resume", str(experiment), "--add-trials", "3", timeout=400)
+    assert run.returncode == 0, run.stderr
+    assert len(read_records(experiment)) == 12
     events = EventMultiplexer().AddRunsFromDirectory(str(experiment / "tb")).Reload()
     assert len(events.Scalars(records[0].name, "val/acc")) == len(records[0].metrics)
     (page,) = report(experiment, tmp_path / "page.html")

@@ -164,7 +164,7 @@ LONG = {"escape": "\x1b", "private use": "\ue000", "kinds": "\ue000\x1b\u200b\x9
 def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_people_read(
     small: Path, text: str
 ) -> None:
-    reason = "begin" + 1_000_000 // len(text) * text + "end"
+    reason = "begin" + 3_000_000 // len(text) * text + "end"
     folder = change(small, 0, status="failed", reason=reason)
     begin = time.process_time()
     lines = [
@@ -176,8 +176,8 @@ def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_
     said = list(logs(small, folder.name))
     assert max(map(len, said)) < 300_000 and str(folder / "trial.json") in said[-1]
     wholly = trials_table(small, columns="reason", output="csv")
-    assert len(wholly) > 900_000 and "end" in wholly[-1000:]
-    assert time.process_time() - begin < 10, "was 10 s"
+    assert len(wholly) > 2_900_000 and "end" in wholly[-1000:]
+    assert time.process_time() - begin < 30, "was 10 s for each million"
 
 
 def test_what_is_made_legible_fast_is_what_each_character_says() -> None:

@@ -70,9 +70,10 @@ def test_levels_grow_with_the_level_so_that_the_procedure_is_closed() -> None:
     assert (np.diff(tables, axis=0) > 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_is_settled_stays_settled_and_depends_on_the_leads_so_far_alone() -> None:
-    whole = leads(np.random.default_rng(1), 60, 2, 2, 0.003)
+    whole = leads(np.random.default_rng(1), 300, 2, 2, 0.003)
     before = None
     for n in PLAN.looks:
         now = settle(whole[..., :n], PLAN, MARGIN)

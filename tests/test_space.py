@@ -393,7 +393,7 @@ def test_mutated_trees_are_refused_with_sentences_and_never_crash() -> None:
         {"name": 3},
         [["ce"]],
     ]
-    for _ in range(100):
+    for _ in range(300):
         tree = parse_yaml(DIGITS.read_text(), "f")
         where: Any = tree
         while True:
