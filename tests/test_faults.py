@@ -297,7 +297,7 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
-    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=400), tmp_path) as driver:
+    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=2000), tmp_path) as driver:
         wait(
             lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2,
             "two trials of 3 epochs",
@@ -379,7 +379,7 @@ def test_folders_of_trials_that_are_removed_while_a_sweep_runs_are_said_by_tune_
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
-    with tuning(tree({"max_concurrent": 1, "num_samples": 3}, epochs=200), tmp_path) as driver:
+    with tuning(tree({"max_concurrent": 1, "num_samples": 3}, epochs=1000), tmp_path) as driver:
         wait(
             lambda: ended(experiment) and len(written_metrics(experiment)) > 1,
             "a trial has ended, one runs",
@@ -541,7 +541,7 @@ def assert_sigterm_saves(tmp_path: Path, workers: int, victim: str = "trial") ->
 def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
-    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=400, checkpoint_every_s=1000)
+    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=2000, checkpoint_every_s=1000)
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(space, tmp_path) as driver:
         wait(

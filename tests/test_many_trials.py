@@ -462,10 +462,11 @@ def test_a_forged_list_hides_no_link_from_a_resume(
 # --- messages of several epochs
 
 
-def trial_that(*results: Any, judged: tuple[int, ...] = ()) -> StudentTrial:
+def trial_that(*results: Any, judged: tuple[int, ...] = (), begins: bool = False) -> StudentTrial:
     """Return a trial whose steps give these results, or raise them."""
     trial = object.__new__(StudentTrial)
     trial._assignment, trial._raised = Assignment("t0000-ce", EPOCHS, judged=judged), None
+    trial._is_silent = begins
     steps = iter(results)
 
     def train() -> Any:
@@ -490,6 +491,13 @@ def test_a_message_brings_epochs_until_a_rung_the_end_or_some_seconds() -> None:
     assert epochs_of(trial_that(*epochs), 0.0, 1000) == [1]
     failed = trial_that(*epochs[:2], {"failed": "x", "done": True})
     assert epochs_of(failed, 60.0, 1000) == [1, 2, None]
+
+
+def test_the_first_epoch_in_a_process_is_a_message_of_its_own() -> None:
+    epochs = [{"epoch": e, "done": e == EPOCHS} for e in range(4, EPOCHS + 1)]
+    trial = trial_that(*epochs, judged=(6,), begins=True)
+    sent = [epochs_of(trial, 1000, 60.0) for _ in range(3)]
+    assert sent == [[4], [5, 6], [7, 8, 9]]
 
 
 def test_an_error_of_the_process_comes_after_the_epochs_before_it() -> None:

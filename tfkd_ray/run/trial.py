@@ -107,7 +107,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             os._exit(1)  # the trial continues in another process
 
     def _begin(self, config: Tree) -> None:
-        self._assignment, self._raised = Assignment.of(config), None
+        self._assignment, self._raised, self._is_silent = Assignment.of(config), None, True
         if self._assignment.home is not None:  # each time: Ray has changed to its own folder
             own_code.enter(self._assignment.home)
         run = without_assignment(config)
@@ -124,7 +124,8 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
     def train_buffered(self, *limits: float) -> list[Tree]:
         """Return the results of epochs until some seconds have passed, or a decision is due.
 
-        A decision is due where the search judges the trial, and at its end.
+        A decision is due where the search judges the trial, and at its end. The first epoch in this
+        process is told at once: it shows that the trial runs.
 
         Args:
             limits: seconds and number of results. Ray 2.60 passes them in either order, so the
@@ -144,7 +145,8 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
                 return results
             last = results[-1]
             is_due = last["done"] or last.get("epoch") in self._assignment.judged
-            if is_due or time.monotonic() >= until:
+            is_first, self._is_silent = self._is_silent, False
+            if is_first or is_due or time.monotonic() >= until:
                 return results
 
     def step(self) -> Tree:
