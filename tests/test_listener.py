@@ -3,12 +3,14 @@
 import dataclasses
 import io
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from ray import tune
 from rich.console import Console
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
@@ -240,6 +242,17 @@ def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(
     assert read_record(tmp_path / "trials/t0000-ce").reason == reason
     assert f"t0000-ce: failed: {reason}\n" in out.getvalue()
     Lock(*experiment_of(tmp_path)).release()  # the last one has released it
+
+
+def test_a_lock_that_is_freed_a_moment_later_is_taken(tmp_path: Path) -> None:
+    held = FileLock(tmp_path / "driver.lock", thread_local=False)
+    held.acquire()
+    with pytest.raises(ConfigError, match="is being run by another process"):
+        Lock(*experiment_of(tmp_path))
+    end = threading.Timer(0.3, held.release)  # as a driver that is being killed does
+    end.start()
+    Lock(*experiment_of(tmp_path)).release()
+    end.join()
 
 
 # --- what a trial is told of itself

@@ -698,6 +698,10 @@ class Uploads(Listener):
         return {"_url": self._url}
 
 
+KILLED_S = 1.0
+"""Longest time to wait for a lock: a killed process frees it a moment after it seems gone."""
+
+
 class Lock(Listener):
     """Locks the experiment while its sweep runs, so that a second driver is refused.
 
@@ -711,7 +715,7 @@ class Lock(Listener):
     def _take(self, storage: Storage, name: str) -> None:
         finished = finished_names(self._experiment)
         check_no_links(self._experiment, finished)
-        self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
+        self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", timeout=KILLED_S)
         self.claim: remote.Claim | None = None
         try:
             self._lock.acquire()
