@@ -537,6 +537,8 @@ def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
     assert terminal.exit_code() == 130 and time.monotonic() - start < 2
 
 
+@pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.ray
 def test_ctrl_c_while_ray_starts_ends_cleanly(here: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

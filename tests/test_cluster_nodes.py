@@ -243,7 +243,8 @@ def test_a_trial_whose_node_is_preempted_goes_on_elsewhere_within_a_minute(
     assert_same_as_never_lost(place / "s/e", space["search"]["num_samples"])
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(
     place: Path, workers: int
 ) -> None:
@@ -487,6 +488,7 @@ def begun_by_a_person(
             client.wait()
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_when_the_one_who_follows_it_interrupts_or_hangs_up(started: Path) -> None:
     place = started
     space = {**slowly(place), "search": {**SPACE["search"], "num_samples": 1}}

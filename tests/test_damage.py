@@ -343,7 +343,7 @@ def claims(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     "what",
     long_after(
-        9,
+        5,
         [
             "metrics",
             "last",

@@ -133,6 +133,7 @@ def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(
                 assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.01)
 
 
+@pytest.mark.fault
 @pytest.mark.timeout(2 * COLLECTIVE_TIMEOUT_S)
 def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_group_out_of_step(
     ray_cluster: str, tmp_path: Path

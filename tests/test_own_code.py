@@ -101,6 +101,7 @@ def test_a_process_enters_the_drivers_place_and_looks_there_last(tmp_path: Path)
 # --- sweeps --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_trials_and_teachers_run_where_the_sweep_was_started(
     ray_cluster: str, tfkd: Run, tmp_path: Path

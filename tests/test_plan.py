@@ -89,8 +89,8 @@ def test_a_probe_of_kd_asks_the_teacher_once_for_each_view_and_not_in_every_tria
     """ResNet-18 teaches a tiny student: an epoch of a trial costs as much as plain training."""
     tree = {
         "student": {"name": "mlp", "hidden": [8]}, "objective": ["ce", {"name": "kd", "alpha": 0.5}], "epochs": 3,
-        "teacher": {"model": "resnet18", "labels": "bank"}, "data": {"name": "digits", "subset": 200},
-        "search": {"num_samples": 4, "stopping": "none", "baselines": False},
+        "teacher": {"model": "resnet18", "labels": "bank", "optim": {"batch_size": 16}}, "optim": {"batch_size": 16},
+        "search": {"num_samples": 4, "stopping": "none", "baselines": False}, "data": {"name": "digits", "subset": 200},
     }  # fmt: skip
     views: list[str] = []
     timed = plan_module._view_seconds
@@ -100,7 +100,6 @@ def test_a_probe_of_kd_asks_the_teacher_once_for_each_view_and_not_in_every_tria
         return timed(run)
 
     monkeypatch.setattr(plan_module, "_view_seconds", counted)
-    monkeypatch.setattr(plan_module, "PROBE_STEPS", 2)
     found = plan(build_space(tree), probe=True)
     ce, kd = (part.epoch_s for part in found.parts)
     assert ce and kd and kd < 5 * ce and views == ["resnet18"]

@@ -87,6 +87,7 @@ def test_what_no_node_has_is_refused_at_once_with_what_there_is(ray_cluster: str
     assert check_room(config()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.cluster
 @pytest.mark.timeout(200)

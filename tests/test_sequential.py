@@ -99,6 +99,7 @@ def test_better_means_that_every_baseline_was_beaten_at_a_look_of_the_corrected_
     settled = settle(found, PLAN, MARGIN)
     tests = [stats.ttest_1samp(found[..., :n], 0, axis=-1) for n in PLAN.looks]
     p = np.stack([np.where(t.statistic > 0, t.pvalue, 1) for t in tests])
+    levels = {left: nominal_levels(ALPHA / left, PLAN) for left in (1, 2, 3)}
     for number in range(len(found)):
         stopped = settled.hopeless[number] | settled.ruled_out[number]
         last = np.where(stopped, settled.seeds[number], 20)
@@ -106,7 +107,7 @@ def test_better_means_that_every_baseline_was_beaten_at_a_look_of_the_corrected_
         for n in PLAN.looks:
             changed = True
             while changed and not all(better):
-                level = nominal_levels(ALPHA / (3 - sum(better)), PLAN)
+                level = levels[3 - sum(better)]
                 beaten = [
                     i
                     for i in range(3)
