@@ -68,7 +68,9 @@ def noted(tfkd: Run, tmp_path: Path, *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("check", "space.yaml"), ("check", "arms.yaml"), ("train", "run.yaml")], ids=" ".join
+    "words",
+    long_after(2, [("check", "space.yaml"), ("train", "run.yaml"), ("check", "arms.yaml")]),
+    ids=" ".join,
 )
 def test_a_note_on_a_network_is_printed(words: tuple[str, ...], tfkd: Run, tmp_path: Path) -> None:
     noted(tfkd, tmp_path, *words)
@@ -916,7 +918,7 @@ def test_what_a_sweep_left_is_read_reported_and_exported(
 
 @pytest.mark.parametrize(
     "argv",
-    [("check", "digits_tfkd"), ("ls",), ("status", "x"), ("tune", "digits_tfkd")],
+    long_after(2, [("check", "digits_tfkd"), ("tune", "digits_tfkd"), ("ls",), ("status", "x")]),
     ids=" ".join,
 )
 @pytest.mark.slow

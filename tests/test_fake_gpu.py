@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OBJECTIVES
+from conftest import OBJECTIVES, long_after
 from fake_cuda import fake_cuda
 from test_folder import write_folder
 from torch import Tensor
@@ -128,7 +128,7 @@ INGREDIENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", INGREDIENTS.values(), ids=INGREDIENTS)
+@pytest.mark.parametrize("settings", long_after(3, INGREDIENTS.values()), ids=INGREDIENTS)
 def test_no_ingredient_of_a_recipe_waits_for_the_device(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

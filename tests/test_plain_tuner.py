@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from conftest import long_after
 from optuna.trial import FrozenTrial, TrialState
 from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
@@ -167,7 +168,7 @@ def test_a_class_that_counts_from_zero_is_complete(
 # --- how a trial ended
 
 
-@pytest.mark.parametrize("rule", ["study", "asha", "fifo"])
+@pytest.mark.parametrize("rule", long_after(2, ["study", "fifo", "asha"]))
 def test_an_exception_is_recorded_with_its_reason_whatever_the_scheduler(
     ray_cluster: str, tmp_path: Path, rule: str
 ) -> None:

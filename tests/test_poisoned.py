@@ -63,7 +63,7 @@ def verbs(parser: argparse.ArgumentParser | None = None) -> dict[str, argparse.A
 
 
 VERBS = verbs()
-READ_MOST = ("status", "report", "resume", "export", "trials", "compare")
+READ_MOST = ("status", "report", "resume", "export")
 """Verbs that read all files of an experiment between them."""
 
 

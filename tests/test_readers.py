@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import long_after
 from filelock import FileLock
 from rich.cells import cell_len
 
@@ -160,7 +161,7 @@ LONG = {"escape": "\x1b", "private use": "\ue000", "kinds": "\ue000\x1b\u200b\x9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("text", long_after(2, LONG.values()), ids=LONG)
 def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_people_read(
     small: Path, text: str
 ) -> None:

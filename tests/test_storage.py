@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import optuna
 import pytest
 import ray
-from conftest import Run
+from conftest import Run, long_after
 from test_search import run_sweep, space
 
 from tfkd_ray.run import journal as journal_file
@@ -202,7 +202,7 @@ def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     assert "secret" not in str(error.value) and "other" in str(error.value)
 
 
-@pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
+@pytest.mark.parametrize("how", long_after(1, ["IMMEDIATE", "EXCLUSIVE"]))
 @pytest.mark.slow
 def test_a_database_that_somebody_else_writes_to_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import OBJECTIVES, TwoWorkers
+from conftest import OBJECTIVES, TwoWorkers, long_after
 from PIL import Image
 from test_folder import write_folder
 from test_loop import numbers, same
@@ -49,7 +49,7 @@ AUGMENTS = {
     "alternating flip": {"flip": "alternating"},
     "all": {"crop_padding": 1, "flip": "alternating", "trivial": True, "erase": 0.3, "mixup": 0.2, "cutmix": 1.0},
 }  # fmt: skip
-augmented = pytest.mark.parametrize("augment", AUGMENTS.values(), ids=AUGMENTS)
+augmented = pytest.mark.parametrize("augment", long_after(5, AUGMENTS.values()), ids=AUGMENTS)
 
 
 def pictures(split: str) -> Any:
@@ -437,7 +437,7 @@ def test_a_run_that_is_killed_within_an_epoch_repeats_it_to_the_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", [2, 3, 7, 50])
-@pytest.mark.parametrize("ratio", [0.1, 0.78, 3])
+@pytest.mark.parametrize("ratio", long_after(1, [0.78, 0.1, 3]))
 def test_a_batch_in_pieces_is_the_whole_batch(pieces: int, ratio: float, in_float64: None) -> None:
     """Also where some pieces have no unlabelled image."""
     optim = {"batch_size": 50, "lr": 0.01, "clip_norm": 0.7}

@@ -470,7 +470,7 @@ def test_simulated_runs_vary_as_the_benchmark_says(simulation: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "case", long_after(2, ["all the same", "winner's curse", "one baseline", "360 images"])
+    "case", long_after(1, ["all the same", "winner's curse", "one baseline", "360 images"])
 )
 @pytest.mark.slow
 def test_a_false_better_is_rare_and_intervals_cover(simulation: dict[str, Any], case: str) -> None:
