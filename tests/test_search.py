@@ -462,9 +462,7 @@ LOST: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "sampler, lost", long_after(3, [*(("tpe", name) for name in LOST), ("cmaes", "deleted")])
-)
+@pytest.mark.parametrize("sampler, lost", [*(("tpe", name) for name in LOST), ("cmaes", "deleted")])
 @pytest.mark.slow
 def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_what_the_search_knew(
     tmp_path: Path, sampler: str, lost: str
