@@ -3,9 +3,10 @@
 python benchmarks/augment.py
 
 The first part is the paper's augmentation beside torchvision's transforms. The second part is every
-ingredient alone and all of them together, as a step of training has them: with mixup or cutmix, the
-128 partners are augmented, too. The third part is what mixing costs a streamed folder of JPEGs. All times are of one
-thread's CPU, so that other jobs on the machine count less.
+ingredient alone and all of them together, for 128 images of an epoch: all its steps of training from
+memory, their reading included, divided by their number. With mixup or cutmix an image is seen twice,
+as itself and as a partner. The third part is what mixing costs a streamed folder of JPEGs. All times
+are of one thread's CPU, so that other jobs on the machine count less.
 """
 
 import statistics
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import torch
 from data import write_jpegs
-from torch import Tensor
 from torchvision import transforms
 
 from tfkd_ray.learn.augment import Augment, RandAugment
+from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder
-from tfkd_ray.learn.images import Images, ImageSet
+from tfkd_ray.learn.images import ImageSet
+from tfkd_ray.learn.loop import _seen
+from tfkd_ray.settings.schema import validated
 
 PAPER = Augment(crop_padding=4, flip=True, rotation_degrees=15)
 ALL = {
@@ -57,19 +60,17 @@ def milliseconds(run: Callable[[], object], repeats: int = 30) -> list[float]:
     return times[3:]
 
 
-def batch_of(augment: Augment, images: Images) -> Callable[[], Tensor]:
-    """Return the function that makes one batch as a step of training does, without its reading."""
-    view, mix = augment.of_epoch(0, 0, images, (32, 32))
-    mine = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))[:BATCH]
-    index = mine if mix is None else torch.cat([mine, mix.partner[mine]])
-    (read,) = images.read([index])
-    mean, std = torch.full((1, 3, 1, 1), 120.0), torch.full((1, 3, 1, 1), 60.0)
+def epoch_of(augment: Augment, images: ImageSet) -> Callable[[], object]:
+    """Return the function that makes all batches of an epoch, as training does."""
+    tree = {"objective": "ce", "data": "cifar10", "augment": augment.model_dump()}
+    config = validated(TrainConfig, tree)
+    view = augment.of_epoch(0, 0, images, (32, 32))
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    scale = [torch.full((1, 3, 1, 1), level) for level in (120.0, 60.0)]
 
-    def made() -> Tensor:
-        drawn = view.of(index)
-        normal = augment(read, drawn).to(torch.float32, copy=True).sub_(mean).div_(std)
-        normal = augment.erased(normal, drawn)
-        return normal if mix is None else mix.of(mine)(*normal.split(BATCH))
+    def made() -> None:
+        for _ in _seen(images, config, scale, view, list(order.split(BATCH))):
+            pass
 
     return made
 
@@ -108,10 +109,11 @@ def each_ingredient() -> None:
     at = torch.arange(COUNT)
     images = ImageSet(pixels, at % 10, at, COUNT)
     times: dict[str, list[float]] = {name: [] for name in ALONE}
-    made = {name: batch_of(augment, images) for name, augment in ALONE.items()}
-    for _ in range(5):
+    made = {name: epoch_of(augment, images) for name, augment in ALONE.items()}
+    for _ in range(10):
         for name, run in made.items():
-            times[name] += milliseconds(run, 10)
+            epochs = milliseconds(run, 5)
+            times[name] += [epoch * BATCH / COUNT for epoch in epochs]
     for name, found in times.items():
         show(name, found)
 

@@ -49,6 +49,26 @@ def test_it_is_torchvisions_crop_flip_and_rotation(images: torch.Tensor, augment
     assert ours.dtype == torch.uint8 and ours.shape == images.shape
 
 
+def test_a_rotated_crop_takes_exactly_the_pixels_of_its_formula() -> None:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (100, 3, 20, 33), dtype=torch.uint8, generator=g)
+    augment = Augment(crop_padding=6, flip=True, rotation_degrees=180)
+    view = augment.view(0, 0, 100)
+    y, x = torch.arange(20).view(1, 20, 1), torch.arange(33).view(1, 1, 33)
+    cos, sin, flipped = (
+        t.view(100, 1, 1) for t in (view.angle.cos(), view.angle.sin(), view.flipped)
+    )
+    column = (cos * (x - 16.0) - sin * (y - 9.5) + 16.0).round().long()
+    row = (sin * (x - 16.0) + cos * (y - 9.5) + 9.5).round().long()
+    inside = (column >= 0) & (column < 33) & (row >= 0) & (row < 20)
+    column = torch.where(flipped, 32 - column, column) + view.left.view(100, 1, 1) - 6
+    row = row + view.top.view(100, 1, 1) - 6
+    inside &= (column >= 0) & (column < 33) & (row >= 0) & (row < 20)
+    at = torch.arange(100).view(100, 1, 1)
+    taken = images.movedim(1, 3)[at, row.clamp(0, 19), column.clamp(0, 32)].movedim(3, 1)
+    assert augment(images, view).equal(taken * inside[:, None])
+
+
 def test_a_view_depends_on_seed_epoch_and_image_alone(images: torch.Tensor) -> None:
     view = PAPER.view(0, 1, 1000)
     again = PAPER.view(0, 1, 1000)

@@ -15,6 +15,7 @@ from test_loop import _worker, numbers, same
 from torch import Tensor
 from torchvision.transforms import v2
 
+from tfkd_ray.learn import loop
 from tfkd_ray.learn.augment import Augment
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.data import Digits
@@ -206,6 +207,29 @@ def test_the_batch_size_does_not_change_what_is_seen(monkeypatch: pytest.MonkeyP
         found.append(seen)
     assert found[0].keys() == found[1].keys()
     assert all(found[0][k].equal(found[1][k]) for k in found[0])
+
+
+def test_images_augmented_ahead_of_the_steps_are_those_of_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mixed image is augmented once an epoch, unless the images would take too much memory."""
+    c = config(augment={**EVERY["all"], "trivial": True}, epochs=2)
+    called: list[int] = []
+    real = Augment.__call__
+
+    def counted(self: Augment, images: Tensor, view: Any) -> Tensor:
+        called.append(len(images))
+        return real(self, images, view)
+
+    monkeypatch.setattr(Augment, "__call__", counted)
+    images, _ = c.data.load()
+    ahead, count = list(train(c))[-1].state(), len(images)
+    assert sum(called) == 2 * count
+    half, cpu = [torch.arange(count // 2)], torch.device("cpu")  # of one of two workers
+    assert not loop._augments_ahead(images, c, half, cpu)
+    called.clear()
+    monkeypatch.setattr(loop, "AUGMENTED_AHEAD", count * 64 * 3 - 1)
+    assert same(ahead, list(train(c))[-1].state()) and sum(called) == 4 * count
 
 
 def batches_of(c: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:

@@ -85,6 +85,30 @@ def test_every_operation_is_torchvisions_at_every_level(
                 assert unlike.float().mean() <= 0.01, (level, sign)
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_moved_images_take_exactly_the_pixels_of_the_formula(relative: bool) -> None:
+    count, (H, W) = 200, (20, 33)
+    images = made(count, (3, H, W))
+    op = torch.arange(count)[:, None] % 5 + 1
+    level = torch.arange(count)[:, None] % MAGNITUDES
+    strength = (
+        strengths(RAND if relative else WIDE)[op, level] * (-1.0) ** torch.arange(count)[:, None]
+    )
+    shear_x, shear_y, across, down, turn = (
+        torch.where(op == k, strength, 0.0).view(count, 1, 1) for k in range(1, 6)
+    )
+    y, x = torch.arange(float(H)).view(1, H, 1), torch.arange(float(W)).view(1, 1, W)
+    dy, dx, angle = y - (H - 1) / 2, x - (W - 1) / 2, torch.deg2rad(turn)
+    column = angle.cos() * dx - angle.sin() * dy + (W - 1) / 2 + shear_x * (y + 0.5)
+    column = (column - (across * (W if relative else 1)).trunc()).round().long()
+    row = angle.sin() * dx + angle.cos() * dy + (H - 1) / 2 + shear_y * (x + 0.5)
+    row = (row - (down * (H if relative else 1)).trunc()).round().long()
+    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
+    at = torch.arange(count).view(count, 1, 1)
+    taken = images.movedim(1, 3)[at, row.clamp(0, H - 1), column.clamp(0, W - 1)].movedim(3, 1)
+    assert distorted(images, op, strength, relative=relative).equal(taken * inside[:, None])
+
+
 def test_operations_are_named_as_in_torchvision() -> None:
     for theirs in POLICIES.values():
         assert tuple(theirs._AUGMENTATION_SPACE) == THEIRS

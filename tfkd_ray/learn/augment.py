@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from tfkd_ray.learn.images import Images, generator
-from tfkd_ray.learn.mixing import Mix, Mixed, drawn_mix
+from tfkd_ray.learn.mixing import Mix, Mixed, drawn_mix, within
 from tfkd_ray.settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Augment(Settings):
     @property
     def is_none(self) -> bool:
         """Return whether augmentation leaves every decoded image unchanged."""
-        return not (self._moves or self.has_policy or self.erase or self.mixes)
+        return not (self.varies or self.erase or self.mixes)
 
     @property
     def is_fixed(self) -> bool:
@@ -193,6 +193,11 @@ class Augment(Settings):
     def mixes(self) -> bool:
         """Return whether images are mixed, and their labels with them."""
         return bool(self.mixup or self.cutmix)
+
+    @property
+    def varies(self) -> bool:
+        """Return whether decoded images are changed before they are normalised."""
+        return self._moves or self.has_policy
 
     @property
     def _moves(self) -> bool:
@@ -273,6 +278,22 @@ class Augment(Settings):
 
         return erased(images, view.hole, self.erase)
 
+    def normalised(
+        self, images: Tensor, view: View, scale: Sequence[Tensor], mix: Mix | None = None
+    ) -> Tensor:
+        """Return augmented images normalised, erased and mixed, as a network sees them.
+
+        Args:
+            images: [B, C, H, W]; with a mix [2 B, C, H, W], the images and then their partners.
+            view: draws of all these.
+            scale: mean and deviation of the channels, [1, C, 1, 1] each.
+            mix: of the B images.
+        """
+        mean, std = scale
+        normal = images.to(mean.dtype, copy=True).sub_(mean).div_(std)
+        normal = self.erased(normal, view)
+        return normal if mix is None else mix(*normal.chunk(2))
+
     def _moved(self, images: Tensor, view: View) -> Tensor:
         """Return cropped, flipped and rotated images."""
         import torch
@@ -283,24 +304,19 @@ class Augment(Settings):
         from tfkd_ray.learn.policies import gathered
 
         B, _, H, W = images.shape
-        # places as int32: on a CPU, int64 takes about 1.6 times as long
-        y = torch.arange(H, dtype=torch.int32, device=images.device).view(1, H, 1)
-        x = torch.arange(W, dtype=torch.int32, device=images.device).view(1, 1, W)
-        inside = None
+        top = (view.top - self.crop_padding).view(B, 1, 1)
+        left = (view.left - self.crop_padding).view(B, 1, 1)
+        flipped = view.flipped.float().view(B, 1, 1)
+        y = torch.arange(H, dtype=torch.float32, device=images.device).view(1, H, 1)
+        x = torch.arange(W, dtype=torch.float32, device=images.device).view(1, 1, W)
         if self.rotation_degrees:  # maps each output pixel to its source, last step first
             cos, sin = view.angle.cos().view(B, 1, 1), view.angle.sin().view(B, 1, 1)
             dy, dx = y - (H - 1) / 2, x - (W - 1) / 2
-            x, y = (
-                (cos * dx - sin * dy + (W - 1) / 2).round().int(),
-                (sin * dx + cos * dy + (H - 1) / 2).round().int(),
-            )
-            inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
+            x = (cos * dx - sin * dy).add_((W - 1) / 2).round_()
+            y = (sin * dx + cos * dy).add_((H - 1) / 2).round_()
+            if self.crop_padding:  # what is not in the crop is black
+                crop = torch.cat([top, left, top + H, left + W], dim=1)
+                images = images * within(crop, H, W, images.dtype)
         if self.flip:
-            x = torch.where(view.flipped.view(B, 1, 1), W - 1 - x, x)
-        if self.crop_padding:
-            x = x + (view.left.int() - self.crop_padding).view(B, 1, 1)
-            y = y + (view.top.int() - self.crop_padding).view(B, 1, 1)
-            within = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-            inside = within if inside is None else inside & within
-        seen = gathered(images, y, x)
-        return seen if inside is None else seen.mul_(inside.view(B, 1, H, W))
+            x = x * (1 - 2 * flipped) + (W - 1) * flipped
+        return gathered(images, y + top, x + left)

@@ -152,7 +152,9 @@ class ImageSet:
 
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, uint8 [B, C, H, W]; `crops` is unused."""
-        return (self.stored[batch if self.rows is None else self.rows[batch]] for batch in batches)
+        # `stored[rows]` takes about 8 times as long on a CPU: it copies pixel by pixel
+        rows = (batch if self.rows is None else self.rows[batch] for batch in batches)
+        return (self.stored.index_select(0, row) for row in rows)
 
 
 class Files(NamedTuple):

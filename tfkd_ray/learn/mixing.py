@@ -85,19 +85,24 @@ class Mix(NamedTuple):
 
     def __call__(self, images: Tensor, partners: Tensor) -> Tensor:
         """Return the mixes [B, C, H, W] of float images with their partners; `self` is of these."""
-        inside = within(self.box, *images.shape[-2:])
+        H, W = images.shape[-2:]
+        inside = within(self.box, H, W, images.dtype)
         weight = self.weight.view(-1, 1, 1, 1).to(images.dtype)
-        return partners.lerp(images, weight.masked_fill(inside, 0))
+        return partners.lerp(images, inside.neg_().add_(1).mul_(weight))
 
 
-def within(box: Tensor, height: int, width: int) -> Tensor:
-    """Return bool [B, 1, H, W], True inside of boxes [B, 4] of top, left, bottom, right."""
+def within(box: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return [B, 1, H, W], 1 inside of boxes [B, 4] of top, left, bottom, right, and 0 outside.
+
+    Numbers, not truth values: to multiply by those takes 5 times as long on a CPU.
+    """
     import torch
 
     top, left, bottom, right = box.view(-1, 4, 1, 1, 1).unbind(1)
     y = torch.arange(height, device=box.device).view(1, 1, height, 1)
     x = torch.arange(width, device=box.device).view(1, 1, 1, width)
-    return ((y >= top) & (y < bottom)) & ((x >= left) & (x < right))
+    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    return rows.to(dtype) * columns.to(dtype)
 
 
 def drawn_mix(

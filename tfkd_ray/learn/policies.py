@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tfkd_ray.learn.images import generator
 from tfkd_ray.learn.mixing import within
@@ -29,17 +30,17 @@ ERASED_SHAPE = (0.3, 3.3)
 
 
 def gathered(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Return new images [B, C, H, W] whose pixels are those at rows y and columns x.
-
-    A place outside of the image counts as the nearest one inside.
+    """Return new images [B, C, H, W] whose pixels are those at rows y and columns x; black outside.
 
     Args:
-        y, x: integers that broadcast to [B, H, W].
+        y, x: whole numbers, float32, that broadcast to [B, H, W].
     """
     B, C, H, W = images.shape
-    place = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).long()
+    framed = pad(images, (1, 1, 1, 1)).flatten(2)  # a black frame needs no mask
+    row, column = y.clamp(-1, H).int(), x.clamp(-1, W).int()
+    place = torch.add(column, row, alpha=W + 2).add_(W + 3).long()
     index = place.view(B, 1, H * W).expand(B, C, H * W)
-    return images.view(B, C, H * W).gather(2, index).view(B, C, H, W)
+    return framed.gather(2, index).view(B, C, H, W)
 
 
 def _displaced(images: Tensor, op: Tensor, strength: Tensor, *, relative: bool) -> Tensor:
@@ -53,17 +54,21 @@ def _displaced(images: Tensor, op: Tensor, strength: Tensor, *, relative: bool) 
     def only(name: str) -> Tensor:
         return (strength * (op == OPERATIONS.index(name))).view(B, 1, 1)
 
+    turned = (op == OPERATIONS.index("rotate")).view(B, 1, 1)
     angle = torch.deg2rad(only("rotate"))
     cos, sin = angle.cos(), angle.sin()
     dx, dy = x - (W - 1) / 2, y - (H - 1) / 2
-    # the source of each pixel; shears keep the upper left corner
-    from_x = cos * dx - sin * dy + (W - 1) / 2
-    from_x = from_x + only("shear_x") * (y + 0.5) - (across * only("translate_x")).trunc()
-    from_y = sin * dx + cos * dy + (H - 1) / 2
-    from_y = from_y + only("shear_y") * (x + 0.5) - (down * only("translate_y")).trunc()
-    columns, rows = from_x.round().int(), from_y.round().int()
-    inside = (columns >= 0) & (columns < W) & (rows >= 0) & (rows < H)
-    return gathered(images, rows, columns).mul_(inside.view(B, 1, H, W))
+    # the source of each pixel, in terms of its column, its row and neither: one addition of whole
+    # planes serves all operations; shears keep the upper left corner
+    of_column = torch.where(turned, cos * dx, x)
+    of_row = sin * dy - only("shear_x") * (y + 0.5)
+    fixed = torch.where(turned, (W - 1) / 2, -(across * only("translate_x")).trunc())
+    from_x = (of_column - of_row).add_(fixed).round_()
+    of_column = sin * dx + only("shear_y") * (x + 0.5)
+    of_row = torch.where(turned, cos * dy, y)
+    fixed = torch.where(turned, (H - 1) / 2, -(down * only("translate_y")).trunc())
+    from_y = (of_column + of_row).add_(fixed).round_()
+    return gathered(images, from_y, from_x)
 
 
 # --- colours: each takes images [B, C, H, W] and factors or levels [B, 1, 1, 1] -------------------
@@ -248,8 +253,9 @@ def erased(images: Tensor, draws: Tensor, probability: float) -> Tensor:
     Args:
         draws: uniform in [0, 1), [B, 5]: coin, area, shape, row and column.
     """
-    box = erased_box(draws, probability, *images.shape[-2:])
-    return images * ~within(box, *images.shape[-2:])
+    H, W = images.shape[-2:]
+    hole = within(erased_box(draws, probability, H, W), H, W, images.dtype)
+    return images * hole.neg_().add_(1)
 
 
 def erased_box(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
