@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from tfkd_ray.learn.weights import load_beginning, load_outside
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.space.arms import baseline_space
-from tfkd_ray.space.space import Space, build_space, override
+from tfkd_ray.space.space import Space, build_space, load_space, override, with_digests
 from tfkd_ray.store.experiment import write_experiment
 
 BASE: dict[str, Any] = {
@@ -510,10 +511,14 @@ def test_a_wrong_freeze_is_refused_by_check_in_every_choice(
         "freeze: {choices: [[], ['0'], [stem]]}\n"
     )
     done = tfkd_inside("check", "space.yaml")
-    assert done.returncode == 2
-    assert "freeze: 'stem' names no part of cnn that has parameters; known: 0, 1, 4, 5, 9" in (
-        done.stderr
-    )
+    sentence = "freeze: 'stem' names no part of cnn that has parameters; known: 0, 1, 4, 5, 9"
+    assert (done.returncode, done.stderr) == (2, f"tfkd check: space.yaml:\n  {sentence}\n")
+    space = with_digests(load_space(tmp_path / "space.yaml"), {"digest": "0" * 32})
+    for of_python, place in ((space, space.source), (replace(space, source=None), None)):
+        with pytest.raises(ConfigError) as error:
+            of_python.try_own_code()
+        assert (error.value.source, error.value.problems) == (place and str(place), [sentence])
+    assert space.source == tmp_path / "space.yaml"
 
 
 @pytest.mark.long

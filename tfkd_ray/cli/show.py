@@ -27,7 +27,7 @@ from tfkd_ray.cli.terminal import (
     short_path,
 )
 from tfkd_ray.settings.columns import wrapped
-from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, Sentences
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, Sentences, in_file
 
 
 def doctor_verb(args: Namespace) -> int:
@@ -75,7 +75,8 @@ def check_verb(args: Namespace) -> int:
         print(compared.title)
         print(*wrapped(listed), sep="\n")
         for arm in compared.arms:
-            notes += arm.config.try_own_code()
+            with in_file(args.file):
+                notes += arm.config.try_own_code()
             ratios.append(unlabelled_ratio(arm.config))
     else:
         space = load_file(args)

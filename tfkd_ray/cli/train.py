@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.cli.fit import head_needed, join_ray, teacher_line, waiting
 from tfkd_ray.cli.terminal import have_data, load_file, same_run, say_error, short_path
-from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, did_you_mean
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, did_you_mean, in_file
 
 # --- teachers --------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,9 @@ def train_verb(args: Namespace) -> int:
 
     check_writable(out, "--out DIR")
     have_data(config, args)
-    for note in config.try_own_code():
+    with in_file(args.file):
+        notes = config.try_own_code()
+    for note in notes:
         say_error(f"note: {note}")
     config = same_run(config, out)
     for note in (*notes_on(config.data), *batch_notes(config)):

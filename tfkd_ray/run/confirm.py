@@ -42,7 +42,7 @@ from tfkd_ray.run.tune import (
 )
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.columns import in_columns, wrapped
-from tfkd_ray.settings.errors import ConfigError, Say, Sentences
+from tfkd_ray.settings.errors import ConfigError, Say, Sentences, in_file
 from tfkd_ray.settings.files import check_writable, write_text
 from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.show.tensorboard import TensorBoard, write_comparison
@@ -140,7 +140,9 @@ def comparison_tuner(
     check_writable(directory, "a directory of yours")
     config = runs[0].config
     for arm in compared.arms.arms:
-        for note in arm.config.try_own_code():
+        with in_file(directory):
+            notes = arm.config.try_own_code()
+        for note in notes:
             print(f"note: arm {arm.name}: {note}", file=sys.stderr)
     config.data.examine()
     prepare(config, storage, notes=(), begun=True)  # each arm's own code was tried above

@@ -1,5 +1,6 @@
 """Errors that a user can fix, their messages, and the exit codes of the command line."""
 
+import contextlib
 import difflib
 import re
 import sys
@@ -42,6 +43,17 @@ class ConfigError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems, self.source)
+
+
+@contextlib.contextmanager
+def in_file(source: str | Path | None) -> Iterator[None]:
+    """Name a file in each ConfigError of the block that names none; None: name none."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.source is not None or source is None:
+            raise
+        raise type(error)(error.problems, source) from None
 
 
 def readable(text: str) -> str:

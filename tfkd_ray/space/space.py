@@ -29,7 +29,7 @@ from tfkd_ray.learn.objectives import Canonical, recorded
 from tfkd_ray.learn.own import is_only_reading
 from tfkd_ray.learn.own_loss import whole_numbers
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted, some_of
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted, in_file, some_of
 from tfkd_ray.settings.meant import no_such_setting
 from tfkd_ray.settings.passwords import masked, shown_override
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
@@ -297,6 +297,8 @@ class Space(Searched):
 
     notes: tuple[str, ...] = ()
     """Notes on defaults that were added and on oddities of the file."""
+    source: str | Path | None = None
+    """File that it was read from, for errors; None if it was built in Python."""
 
     @property
     def example(self) -> TrainConfig:
@@ -309,8 +311,12 @@ class Space(Searched):
     def try_own_code(self) -> list[str]:
         """Try the user's own code in each objective's first and last configuration; return notes.
 
-        See `TrainConfig.try_own_code`.
+        See `TrainConfig.try_own_code`. Errors name the space's file.
         """
+        with in_file(self.source):
+            return self._tried()
+
+    def _tried(self) -> list[str]:
         notes = self.example.try_own_code()
         for branch in self.branches:
             for end in (0, -1):
@@ -442,7 +448,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
         raise ConfigError(problems, source)
     for note_of in NOTES:
         notes += note_of(space)
-    return replace(space, notes=tuple(dict.fromkeys(notes)))
+    return replace(space, notes=tuple(dict.fromkeys(notes)), source=source)
 
 
 def _read_search(given: Any) -> tuple[SearchConfig, list[str]]:
@@ -1004,7 +1010,7 @@ def with_digests(space: Space, digests: Mapping[str, str]) -> Space:
     if space.example.data.digests == digests:
         return space
     data = {**space.tree["data"], **digests}
-    found = build_space({**space.tree, "data": data})
+    found = build_space({**space.tree, "data": data}, space.source)
     # a tree has no password
     return replace(found, notes=space.notes, search=space.search)
 
