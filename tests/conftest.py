@@ -155,6 +155,13 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture
+def epoch_by_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a trial tell each epoch at once, not those of a second, so that tiny epochs take a while."""
+    monkeypatch.setenv("TUNE_RESULT_BUFFER_MIN_TIME_S", "0")
+    monkeypatch.setenv("TUNE_RESULT_BUFFER_MAX_TIME_S", "0")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what fixtures imply, skip tests marked `gpu` without a GPU, and form groups for pytest-xdist.

@@ -466,17 +466,17 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-LONG = ["epochs=2000", "search.num_samples=2", "search.stopping=none"]
+LONG = ["epochs=200", "search.num_samples=2", "search.stopping=none"]
 
 
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.ray
 def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
-    ray_cluster: str, tfkd_inside: Run, here: Path
+    ray_cluster: str, tfkd_inside: Run, here: Path, epoch_by_epoch: None
 ) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "c", *LONG, cwd=here)
-    terminal.read_until(r"t0000-ce +[1-9]\d*/2000")  # the live table shows it running
+    terminal.read_until(r"t0000-ce +[1-9]\d*/200")  # the live table shows it running
     terminal.press_ctrl_c()
     terminal.read_until(r"tfkd resume tfkd_results/c\s")
     assert terminal.exit_code() == 130
@@ -488,7 +488,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
     assert resumed.returncode == 0, resumed.stderr
     after = read_records(here / "tfkd_results" / "c")
     assert [(r.number, r.status, len(r.metrics)) for r in after] == [
-        (n, "done", 2000) for n in range(2)
+        (n, "done", 200) for n in range(2)
     ]
     for record in stopped:  # it resumed: the earlier epochs are the same to the microsecond
         again = next(r for r in after if r.number == record.number)
@@ -529,9 +529,9 @@ def test_ctrl_c_while_a_line_is_being_written_is_told_after_it(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.ray
-def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
+def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path, epoch_by_epoch: None) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "d", *LONG, cwd=here)
-    terminal.read_until(r"t0000-ce +[1-9]\d*/2000")
+    terminal.read_until(r"t0000-ce +[1-9]\d*/200")
     terminal.press_ctrl_c()
     terminal.read_until("Ctrl-C again")
     start = time.monotonic()

@@ -294,10 +294,10 @@ def test_a_driver_killed_while_a_trial_pauses_or_goes_on_ends_as_if_undisturbed(
 
 @pytest.mark.timeout(300)
 def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_checkpoints_are_passed_over(
-    ray_cluster: str, tmp_path: Path, tfkd: Run
+    ray_cluster: str, tmp_path: Path, tfkd: Run, epoch_by_epoch: None
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
-    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=2000), tmp_path) as driver:
+    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=400), tmp_path) as driver:
         wait(
             lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2,
             "two trials of 3 epochs",
@@ -376,10 +376,10 @@ def test_a_journal_that_is_deleted_while_a_sweep_runs_ends_it_with_a_sentence_an
 
 @pytest.mark.timeout(300)
 def test_folders_of_trials_that_are_removed_while_a_sweep_runs_are_said_by_tune_and_by_resume(
-    ray_cluster: str, tmp_path: Path, tfkd: Run
+    ray_cluster: str, tmp_path: Path, tfkd: Run, epoch_by_epoch: None
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
-    with tuning(tree({"max_concurrent": 1, "num_samples": 3}, epochs=1000), tmp_path) as driver:
+    with tuning(tree({"max_concurrent": 1, "num_samples": 3}, epochs=200), tmp_path) as driver:
         wait(
             lambda: ended(experiment) and len(written_metrics(experiment)) > 1,
             "a trial has ended, one runs",
@@ -539,9 +539,9 @@ def assert_sigterm_saves(tmp_path: Path, workers: int, victim: str = "trial") ->
 
 
 def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(
-    ray_cluster: str, tmp_path: Path, tfkd: Run
+    ray_cluster: str, tmp_path: Path, tfkd: Run, epoch_by_epoch: None
 ) -> None:
-    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=2000, checkpoint_every_s=1000)
+    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=400, checkpoint_every_s=1000)
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(space, tmp_path) as driver:
         wait(

@@ -27,7 +27,7 @@ from tfkd_ray.run.rungs import Rungs
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
 from tfkd_ray.run.studies import Seen
 from tfkd_ray.run.trial import StudentTrial
-from tfkd_ray.run.tune import resume_tuner
+from tfkd_ray.run.tune import _default_message_times, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import append_whole
 from tfkd_ray.show import figures
@@ -505,6 +505,22 @@ def test_an_error_of_the_process_comes_after_the_epochs_before_it() -> None:
     assert epochs_of(trial, 60.0, 1000) == [1]
     with pytest.raises(OSError, match="full"):
         trial.train_buffered(60.0, 1000)
+
+
+@pytest.mark.parametrize("seconds", ["", "-1", "nan", "soon"])
+def test_the_users_own_time_of_a_message_is_kept_and_none_is_a_sentence(
+    seconds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_RESULT_BUFFER_MIN_TIME_S", "0.5")
+    monkeypatch.delenv("TUNE_RESULT_BUFFER_MAX_TIME_S", raising=False)
+    _default_message_times()
+    both = [os.environ[f"TUNE_RESULT_BUFFER_{end}_TIME_S"] for end in ("MIN", "MAX")]
+    assert both == ["0.5", "10"]
+    monkeypatch.setenv("TUNE_RESULT_BUFFER_MIN_TIME_S", seconds)
+    with pytest.raises(
+        ConfigError, match=r"variable TUNE_RESULT_BUFFER_MIN_TIME_S: needs a number of"
+    ):
+        _default_message_times()
 
 
 def test_a_lost_trial_reports_each_epoch_at_once(tmp_path: Path) -> None:

@@ -902,6 +902,7 @@ def assemble(
         verbose: Ray's own verbosity.
     """
     os.environ.update(_TUNE_SETTINGS)
+    _default_message_times()
     os.environ.pop(_BUFFER, None)
     if buffered:
         os.environ[_BUFFER] = MANY_EPOCHS
@@ -1001,10 +1002,27 @@ _TUNE_SETTINGS = {
     # Write Ray's snapshot only at the end, and there an empty one (`_NoSnapshot`): 10,000 trials make
     # 195 MiB
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+}
+_MESSAGE_TIMES = {
     # A tenth of a second for each trial that runs, so that the driver gets 10 messages a second
     "TUNE_RESULT_BUFFER_MIN_TIME_S": "1",
     "TUNE_RESULT_BUFFER_MAX_TIME_S": "10",
 }
+"""Environment variables of Tune: for how many seconds a trial collects epochs for one message."""
+
+
+def _default_message_times() -> None:
+    """Set the times of messages that the user has not set; raise a ConfigError if one is invalid."""
+    for name, usual in _MESSAGE_TIMES.items():
+        text = os.environ.setdefault(name, usual)
+        try:
+            valid = 0 <= float(text) < math.inf
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ConfigError(
+                f"environment variable {name}: needs a number of seconds, got {text!r}; unset it"
+            )
 
 
 def _trial_name(trial: Any) -> str:
