@@ -78,7 +78,7 @@ KD = {"name": "kd", "alpha": 0.7, "temperature": 3}
 
 
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    """Return `long` for an objective that uses the bank as another one does."""
+    """Return `long` for an objective that trains, and uses the bank, as another one does."""
     return [] if name in ("ce", "kd", "dkd", "tfkd_self") else [pytest.mark.long]
 
 
@@ -87,7 +87,10 @@ CASES = [
         pytest.param({"name": o.name}, "bank", "fp32", "memory", marks=marks_of(o.name))
         for o in OBJECTIVES
     ),
-    *(({"name": o.name}, "online", "bf16", "folder") for o in OBJECTIVES),
+    *(
+        pytest.param({"name": o.name}, "online", "bf16", "folder", marks=marks_of(o.name))
+        for o in OBJECTIVES
+    ),
     pytest.param(KD, "bank", "fp32", "folder", marks=pytest.mark.long),
     (KD, "online", "fp32", "memory"),
     *((KD, labels, "bf16", data) for labels, data in (("bank", "folder"), ("online", "memory"))),

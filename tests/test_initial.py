@@ -776,7 +776,7 @@ def test_new_networks_train_a_step_at_each_size(network: Network, side: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side, patch", [(32, 4), (64, 8), (224, 16)])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+@pytest.mark.parametrize("name", long_after(1, ["vit_tiny_patch16_224", "convnext_atto"]))
 def test_those_of_timm_train_a_step_at_each_size(name: str, side: int, patch: int) -> None:
     args: dict[str, Any] = {"img_size": side, "patch_size": patch} if name[:3] == "vit" else {}
     student = Timm(model=name, args=args).build((3, side, side), 7)

@@ -512,6 +512,7 @@ def _worker_that_tells(rank: int, folder: str, tree: dict[str, Any]) -> None:
     _worker(rank, folder, tree)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "path, args, looks",
     [

@@ -93,7 +93,7 @@ def test_numbers_of_numpy_are_numbers_as_metric_and_as_epoch(
     assert all(list(t.intermediate_values) == list(range(1, EPOCHS + 1)) for t in trials(searcher))
 
 
-@pytest.mark.parametrize("every", [1, 2, 4])
+@pytest.mark.parametrize("every", long_after(1, [2, 1, 4]))
 def test_the_first_report_at_or_past_a_rung_counts(
     ray_cluster: str, tmp_path: Path, every: int
 ) -> None:
@@ -150,7 +150,7 @@ class Zero(tune.Trainable):  # type: ignore[misc]
         self.epoch = int((Path(folder) / "epoch").read_text())
 
 
-@pytest.mark.parametrize("scheduler", [None, "asha", "study"])
+@pytest.mark.parametrize("scheduler", long_after(1, ["study", None, "asha"]))
 def test_a_class_that_counts_from_zero_is_complete(
     ray_cluster: str, tmp_path: Path, scheduler: str | None
 ) -> None:
@@ -190,7 +190,10 @@ def test_an_exception_is_recorded_with_its_reason_whatever_the_scheduler(
 
 
 @pytest.mark.parametrize(
-    "stop", [{"epoch": 4}, {"val_accuracy": 0.4}, lambda trial_id, result: result["epoch"] == 4]
+    "stop",
+    long_after(
+        1, [{"epoch": 4}, {"val_accuracy": 0.4}, lambda trial_id, result: result["epoch"] == 4]
+    ),
 )
 def test_a_trial_that_the_users_own_rule_ends_is_complete(
     ray_cluster: str, tmp_path: Path, stop: Any
@@ -220,7 +223,10 @@ def test_a_paused_trial_that_rays_hyperband_ends_is_pruned_and_not_failed(
 
 @pytest.mark.parametrize("study", [True, False])
 @pytest.mark.parametrize(
-    "told", [{"metric": "val_nll", "mode": "min"}, {"metric": "val_accuracy", "mode": "min"}]
+    "told",
+    long_after(
+        1, [{"metric": "val_nll", "mode": "min"}, {"metric": "val_accuracy", "mode": "min"}]
+    ),
 )
 def test_another_metric_than_the_spaces_is_refused(
     ray_cluster: str, tmp_path: Path, study: bool, told: dict[str, str]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import AT_ONCE
+from conftest import AT_ONCE, long_after
 from numpy.typing import NDArray
 from rich.console import Console
 from sklearn import metrics as sklearn
@@ -259,7 +259,7 @@ def test_nan_is_never_best_and_of_equals_the_first_is(metric: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", SELECTABLE)
+@pytest.mark.parametrize("metric", long_after(2, SELECTABLE))
 def test_search_readers_live_view_report_and_arms_name_the_same_best_trial(
     metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -790,7 +790,7 @@ def test_a_grid_is_every_combination_once_also_after_a_kill(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "stopping", ["hyperband", "median", {"name": "halving", "factor": 2}, "asha"]
+    "stopping", long_after(2, ["hyperband", {"name": "halving", "factor": 2}, "median", "asha"])
 )
 @pytest.mark.slow
 def test_a_killed_driver_changes_no_judgment(tmp_path: Path, stopping: Any) -> None:
