@@ -241,6 +241,17 @@ def test_the_time_left_counts_places_and_what_a_trial_of_its_objective_takes() -
     assert pace.seconds_left(begun, new[:1], None, 37.0) == 2 + 2 + 4  # after b
 
 
+def test_epochs_that_come_in_one_message_share_its_time() -> None:
+    pace = Pace()
+    pace.started("a", "ce", 0.0)
+    pace.epoch("a", 0.02, 5.0)
+    for end in (6.0, 7.0):  # a message each second, of 50 epochs and of 200
+        for _ in range(50 if end == 6 else 200):
+            pace.epoch("a", 0.004, end)
+    begun = {"a": Begun("ce", 251, 751, "running")}
+    assert pace.seconds_left(begun, [], None, 7.0) == pytest.approx(500 * 2.02 / 251)
+
+
 def test_a_bar_and_a_sparkline_have_the_width_that_they_are_given() -> None:
     assert live.bar(0.5, 8) == ("━━━━", "────")
     assert live.bar(1.2, 8, ascii_only=True) == ("########", "")

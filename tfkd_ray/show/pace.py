@@ -7,15 +7,17 @@ each epoch so far stays. benchmarks/eta.py measures the estimate on tables of le
 
 import bisect
 import heapq
+import itertools
+import math
 import random
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 LATEST = 100
-"""Number of epochs, the latest of an objective, whose durations count."""
+"""Number of messages with epochs, the latest of an objective, whose durations count."""
 
 TRUST = 2.0
 """Number of trials that pass a rung by the rule alone, before the share that passed counts as much."""
@@ -166,13 +168,21 @@ class _Running:
     """True once it has reported an epoch."""
 
 
+class _Message(NamedTuple):
+    """What a trial told at once."""
+
+    seconds: float
+    """Since it told the epoch before."""
+    epochs: int
+
+
 @dataclass
 class Pace:
     """How fast trials train; it is told what happens, with the time in seconds."""
 
     _running: dict[str, _Running] = field(default_factory=dict)
-    _epochs: dict[str, deque[float]] = field(default_factory=dict)
-    """Seconds of the latest epochs, by row."""
+    _messages: dict[str, deque[_Message]] = field(default_factory=dict)
+    """The latest messages, by row."""
     _starts: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
     """Seconds before the first epoch, of trials that took over the process of another."""
     _slots: int = 0
@@ -193,7 +203,12 @@ class Pace:
             if self._ended:
                 self._starts.append(max(0.0, took - seconds))
             took = seconds
-        self._epochs.setdefault(run.row, deque(maxlen=LATEST)).append(took)
+        messages = self._messages.setdefault(run.row, deque(maxlen=LATEST))
+        if messages and took < seconds:  # it came with the epoch before
+            last = messages.pop()
+            messages.append(_Message(last.seconds + took, last.epochs + 1))
+        else:
+            messages.append(_Message(took, 1))
         run.since, run.begun = now, True
 
     def ended(self, trial: str) -> None:
@@ -215,7 +230,7 @@ class Pace:
             begun: all trials that have begun, by name.
             new: (row, full length) of each that has not.
         """
-        if not any(self._epochs.values()):
+        if not self._messages:
             return None
         if rule is not None and rule.pauses:
             return self._seconds_of_pausing(list(begun.values()), new, rule)
@@ -259,9 +274,6 @@ class Pace:
 
     def _epoch_s(self, row: str) -> float:
         """Return the seconds of an epoch of a row; of all rows if it has had none."""
-        own = self._epochs.get(row)
-        return statistics.fmean(own or _chained(self._epochs.values()))
-
-
-def _chained(parts: Iterable[Iterable[float]]) -> list[float]:
-    return [value for part in parts for value in part]
+        own = self._messages.get(row) or itertools.chain(*self._messages.values())
+        found = list(own)
+        return math.fsum(m.seconds for m in found) / sum(m.epochs for m in found)
