@@ -13,7 +13,7 @@ import itertools
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +297,7 @@ class Space(Searched):
 
     notes: tuple[str, ...] = ()
     """Notes on defaults that were added and on oddities of the file."""
-    source: str | Path | None = None
+    source: str | Path | None = field(default=None, compare=False)
     """File that it was read from, for errors; None if it was built in Python."""
 
     @property
