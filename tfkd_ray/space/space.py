@@ -773,12 +773,12 @@ def _sampler_has_several_metrics(space: Searched) -> Sentences:
 def _parameters_differ(space: Searched) -> Sentences:
     """Reject the number of parameters as a metric or constraint if all students have the same."""
     search, searched = space.search, any(p.path[0] == "student" for p in space.parameters)
-    for setting, names in (
+    for name, names in (
         ("more_metrics", search.more_metrics),
         ("constraints", search.constraints),
     ):
         if "parameters" in names and not searched:
-            yield f"{setting}: parameters are the same in all trials where the student is fixed; search it, or leave them"
+            yield f"{name}: parameters are the same in all trials where the student is fixed; search it, or leave them"
 
 
 def _constraints_can_be_met(space: Searched) -> Sentences:
