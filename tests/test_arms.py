@@ -136,6 +136,7 @@ def test_a_teacher_judged_by_accuracy_needs_validation() -> None:
         runs_of(arms, [1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ARMS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("preset", [None, "smoke"])
 def test_every_shipped_arms_file_is_valid(path: Path, preset: str | None) -> None:

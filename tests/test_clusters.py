@@ -668,6 +668,7 @@ esac
 """
 
 
+@pytest.mark.slow
 def test_a_rayjobs_pods_and_jobs_are_found_by_the_clusters_that_it_has_made(
     tools: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -629,6 +629,7 @@ def _misfit(storage: Path, place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "which", "sentence"),
     [

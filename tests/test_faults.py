@@ -292,6 +292,7 @@ def test_a_driver_killed_while_a_trial_pauses_or_goes_on_ends_as_if_undisturbed(
     assert not list(experiment.glob("trials/*/*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_checkpoints_are_passed_over(
     ray_cluster: str, tmp_path: Path, tfkd: Run, epoch_by_epoch: None
@@ -374,6 +375,7 @@ def test_a_journal_that_is_deleted_while_a_sweep_runs_ends_it_with_a_sentence_an
     wait(lambda: ray.available_resources().get("CPU") == 2, "no child is left")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_folders_of_trials_that_are_removed_while_a_sweep_runs_are_said_by_tune_and_by_resume(
     ray_cluster: str, tmp_path: Path, tfkd: Run, epoch_by_epoch: None

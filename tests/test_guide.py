@@ -87,6 +87,7 @@ def test_every_help_ends_with_two_examples(verb: str) -> None:
     assert len(set(EXAMPLES[verb])) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", PARSERS)
 def test_every_example_parses(verb: str, here: Path) -> None:
     (here / "tfkd_results/first").mkdir(parents=True)

@@ -187,6 +187,7 @@ def test_wrappers_prefixes_and_safetensors_are_read_as_for_a_teacher(tmp_path: P
         assert note is not None and f"these weights {has}, and the data has 10" in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, sentence",
     [
@@ -255,6 +256,7 @@ def test_a_file_that_is_missing_is_named_before_anything_runs(tmp_path: Path) ->
         run.try_own_code()
 
 
+@pytest.mark.slow
 def test_torchvisions_weights_are_checked_without_a_download(hub: Path) -> None:
     network, shape = ConvNeXtTiny(), (3, 72, 72)
     student = network.build(shape, 10)
@@ -824,6 +826,7 @@ def test_new_networks_are_as_large_as_timms(network: Network, name: str) -> None
         assert count(network.build((3, 224, 224), 1000)) == count(of_timm(name))
 
 
+@pytest.mark.slow
 def test_new_networks_fit_their_patches_to_the_images() -> None:
     sides = (8, 16, 28, 32, 64, 96, 224)
     assert [ViTTiny().side_of_patch((3, s, s)) for s in sides] == [1, 2, 4, 4, 8, 8, 16]

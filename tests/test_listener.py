@@ -244,6 +244,7 @@ def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(
     Lock(*experiment_of(tmp_path)).release()  # the last one has released it
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_freed_a_moment_later_is_taken(tmp_path: Path) -> None:
     held = FileLock(tmp_path / "driver.lock", thread_local=False)
     held.acquire()

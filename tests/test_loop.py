@@ -109,6 +109,7 @@ def test_bfloat16_changes_the_arithmetic_and_not_the_outcome(student: Any) -> No
     assert found["fp32"]["val_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced by torch.compile, without a C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -311,6 +312,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_stop_and_resume_equals_never_stopped(run: TrainConfig, stop: int, tmp_path: Path) -> None:

@@ -266,6 +266,7 @@ def test_with_several_metrics_a_sampler_sees_the_newest_and_the_front(
     assert {t.number for t in study.best_trials} | set(range(150, 200)) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_proposals_are_a_function_of_the_study_also_where_a_sampler_does_not_see_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str

@@ -319,6 +319,7 @@ def test_an_epoch_is_the_textbook_loop_with_images_mixed_one_by_one() -> None:
         assert torch.allclose(ours[name], value, atol=1e-5), name
 
 
+@pytest.mark.slow
 @every
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(augment: dict[str, Any]) -> None:
     c = config(augment=augment, objective="tfkd_reg")

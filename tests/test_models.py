@@ -93,6 +93,7 @@ EACH = [
 ]  # VGG begins at 32x32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network, shape", EACH, ids=lambda v: name_of(v) if isinstance(v, type) else str(v)
 )
@@ -326,6 +327,7 @@ def test_a_name_stands_for_settings(short: object, network: Network) -> None:
     assert model(network.model_dump(mode="json")) == network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, args, halves",
     [

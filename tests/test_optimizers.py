@@ -215,6 +215,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [2, 3, 7, 64])
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "own"])
 def test_a_batch_in_pieces_is_the_whole_batch(kind: str, pieces: int, in_float64: None) -> None:

@@ -94,6 +94,7 @@ def test_a_url_without_a_password_stays_as_it_is(url: str) -> None:
     assert masked(url) == url == masked_words(url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", MISSPELT.values(), ids=MISSPELT)
 def test_a_url_that_is_misspelt_is_told_without_its_password(
     url: str, monkeypatch: pytest.MonkeyPatch

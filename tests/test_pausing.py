@@ -130,6 +130,7 @@ def drawn(seed: int, *, ties: bool = False, fails: float = 0.0, nan: float = 0.0
     return of
 
 
+@pytest.mark.slow
 def test_200_paused_trials_on_2_slots_never_wait_for_each_other() -> None:
     for seed in range(5):
         sweep = Sweep(drawn(seed), 200, groups=4, slots=2).run(random.Random(seed))
@@ -512,6 +513,7 @@ def test_a_saved_and_restored_searcher_knows_which_of_rays_trials_are_paused(
     assert restored.promoted() in ("a", "b")
 
 
+@pytest.mark.slow
 def test_a_wider_space_keeps_what_is_paused_and_what_is_over(tmp_path: Path) -> None:
     first = Driver(tmp_path / "journal", space(num_samples=12), Counter())
     first.run()

@@ -667,6 +667,7 @@ POLICY = {
 }
 
 
+@pytest.mark.slow
 def test_wrong_credentials_and_missing_rights_are_told_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

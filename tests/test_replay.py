@@ -51,6 +51,7 @@ def test_a_table_is_small_and_holds_whole_curves(replays: Any) -> None:
         assert all(q.domain.contains(p[q.name]) for p in some for q in branch.parameters)
 
 
+@pytest.mark.slow
 def test_a_measured_run_is_answered_by_one_much_like_it(replays: Any) -> None:
     table = replays.table
     errors = [
@@ -64,6 +65,7 @@ def test_a_measured_run_is_answered_by_one_much_like_it(replays: Any) -> None:
     assert statistics.median(errors) < 0.01
 
 
+@pytest.mark.slow
 def test_a_replay_spends_what_it_says_and_stops_where_a_sweep_would(replays: Any) -> None:
     space = replays.search_of(replays.table, "random:none", 0, num_samples=10)
     full = list(replays.replay(space, replays.world, most=10**6))

@@ -155,12 +155,14 @@ def test_the_page_reads_nothing_from_elsewhere(page: str) -> None:
     assert "unsafe-inline" not in policy[1].partition("script-src")[2]
 
 
+@pytest.mark.slow
 def test_what_is_not_confirmed_is_called_so_first(page: str) -> None:
     box = page.index("Not confirmed yet")
     assert box < page.index("<h2>Best configurations") and page.count('class="box') == 1
     assert "This is not a verdict: it is the best of 160 on validation" in page
 
 
+@pytest.mark.slow
 def test_every_figure_has_a_title_a_sentence_and_labelled_axes_with_units(page: str) -> None:
     captions = re.findall(r"<figcaption><h3>(.+?)</h3><p>(.+?)</p>", page)
     assert len(captions) == 7 and all(text.endswith(".") for _, text in captions)

@@ -1096,6 +1096,7 @@ LARGER = {
 SMALLER = {"optim": {"lr": 0.1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, usable",
     [(LARGER, "some"), (SMALLER, "all"), ({"seed": 5, "checkpoint_every_s": 1}, "all")],
@@ -1221,6 +1222,7 @@ EDITS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, sentence", EDITS, ids=[json.dumps(c)[:40] for c, _ in EDITS])
 def test_an_experiment_file_that_was_changed_by_hand_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], sentence: str

@@ -183,6 +183,7 @@ def arm(name: str, values: np.ndarray[Any, Any]) -> JudgedArm:
     return JudgedArm(name, tuple(range(len(values))), values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gain", "n", "verdict", "sentence"),
     [
@@ -295,6 +296,7 @@ def test_a_sequence_that_is_settled_early_ends_there(
     assert result["verdicts"][0]["arms"][0]["n"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_never_hopeless")
 def test_a_look_that_was_killed_is_noted_once_and_repeated(comparison: Path) -> None:
     train_until(comparison, 3)

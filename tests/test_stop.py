@@ -186,6 +186,7 @@ def test_a_request_that_a_killed_driver_has_not_met_is_met_when_the_sweep_is_res
     assert read_record(copy / "trials" / names[0]).status == "stopped"
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_all_ends_the_sweep_once_and_is_gone_afterwards(tmp_path: Path) -> None:
     found, _ = begun(tmp_path)
     said: list[str] = []

@@ -329,6 +329,7 @@ def test_training_from_the_bank_is_training_with_the_teacher_in_every_step(
         assert all((b.state()["model"][k] - v).abs().max() < 2e-3 for k, v in weights.items())
 
 
+@pytest.mark.slow
 def test_the_bank_holds_no_more_than_a_run_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
