@@ -149,7 +149,9 @@ docs-outputs: $(VENV)/.installed
 
 # the tests of faults and of clusters wait much: beside them others have a processor; those of
 # clusters run `ray stop`, which ends every Ray of this machine, and those of the browser use none
-ci: check docs test
+ci: $(VENV)/.installed
+	@$(MAKE) --jobs 2 --output-sync=target check docs
+	@$(MAKE) test
 	@$(MAKE) --jobs 2 --output-sync=target test-docs test-faults-short test-tools
 	@$(MAKE) --jobs 2 --output-sync=target test-cluster-short test-browser
 
