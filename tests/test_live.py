@@ -4,6 +4,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.show import live
 from tfkd_ray.show.live import Progress
 from tfkd_ray.show.pace import TRUST, Begun, HalvingRule, Pace, epochs_left
+from tfkd_ray.show.running_arms import baselines_by_arm
 from tfkd_ray.show.waiting import Waiting
 from tfkd_ray.space.arms import build_arms, new_comparison
 from tfkd_ray.space.space import build_space
@@ -250,6 +252,18 @@ def test_epochs_that_come_in_one_message_share_its_time() -> None:
             pace.epoch("a", 0.004, end)
     begun = {"a": Begun("ce", 251, 751, "running")}
     assert pace.seconds_left(begun, [], None, 7.0) == pytest.approx(500 * 2.02 / 251)
+
+
+def test_arms_of_an_own_network_with_arguments_are_compared_with_their_baseline() -> None:
+    own = {"name": "own", "path": "test_models:odd", "args": {"kind": "auxiliary"}}
+    tree = {"student": own, "data": "digits", "epochs": 2}
+    tree["arms"] = [{"name": name, "objective": name} for name in ("ce", "lsr")]
+    tree["arms"].append({"name": "other", "objective": "lsr", "student": {"name": "mlp"}})
+    arms = [
+        SimpleNamespace(name=arm.name, config=arm.config, part=part, baseline=None)
+        for arm, part in zip(build_arms(tree).arms, ("baseline", "", ""), strict=True)
+    ]
+    assert baselines_by_arm(SimpleNamespace(arms=arms)) == {"lsr": "ce"}
 
 
 def test_a_bar_and_a_sparkline_have_the_width_that_they_are_given() -> None:

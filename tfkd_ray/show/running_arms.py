@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tfkd_ray.learn.models import Model
 from tfkd_ray.settings.columns import on_one_line
 from tfkd_ray.space.arms import Arms
 from tfkd_ray.store.experiment import STATUSES
@@ -29,13 +28,12 @@ def baselines_by_arm(compared: Arms) -> dict[str, str]:
 
     It is the one that the arm names, else the first baseline with the same student.
     """
-    first: dict[Model, str] = {}
-    for arm in compared.arms:
-        if arm.part == "baseline":
-            first.setdefault(arm.config.student, arm.name)
+    # own networks cannot be keys: their arguments are a dict
+    baselines = [arm for arm in compared.arms if arm.part == "baseline"]
     found = {}
     for arm in compared.arms:
-        named = arm.baseline or first.get(arm.config.student, arm.name)
+        alike = (b.name for b in baselines if b.config.student == arm.config.student)
+        named = arm.baseline or next(alike, arm.name)
         if named != arm.name:
             found[arm.name] = named
     return found
