@@ -825,13 +825,8 @@ def test_the_gradient_ratio_is_that_of_the_weighted_parts() -> None:
 # --- what a GPU does at once ----------------------------------------------------------------------
 
 
-def test_images_augmented_many_at_once_are_those_of_one_batch_after_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    augment = {"crop_padding": 1, "flip": True, "rotation_degrees": 15, "erase": 0.5, "mixup": 0.2}
-    data = {"name": "digits", "subset": 300}
-    tree = {"objective": "ce", "student": "mlp", "augment": augment, "data": data, "epochs": 2}
-    c = validated(TrainConfig, {**tree, "optim": {"batch_size": 32}})
+def count_augmented(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of images of each call of an augmentation."""
     called: list[int] = []
     real = Augment.__call__
 
@@ -840,6 +835,17 @@ def test_images_augmented_many_at_once_are_those_of_one_batch_after_another(
         return real(self, images, view)
 
     monkeypatch.setattr(Augment, "__call__", counted)
+    return called
+
+
+def test_images_augmented_many_at_once_are_those_of_one_batch_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    augment = {"crop_padding": 1, "flip": True, "rotation_degrees": 15, "erase": 0.5, "mixup": 0.2}
+    data = {"name": "digits", "subset": 300}
+    tree = {"objective": "ce", "student": "mlp", "augment": augment, "data": data, "epochs": 2}
+    c = validated(TrainConfig, {**tree, "optim": {"batch_size": 32}})
+    called = count_augmented(monkeypatch)
     singly = numbers(list(train(c)))
     assert max(called) <= 2 * 34
     called.clear()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import OBJECTIVES, TwoWorkers
 from test_folder import write_folder
-from test_loop import _worker, numbers, same
+from test_loop import _worker, count_augmented, numbers, same
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -214,14 +214,7 @@ def test_images_augmented_ahead_of_the_steps_are_those_of_each_step(
 ) -> None:
     """A mixed image is augmented once an epoch, unless the images would take too much memory."""
     c = config(augment={**EVERY["all"], "trivial": True}, epochs=2)
-    called: list[int] = []
-    real = Augment.__call__
-
-    def counted(self: Augment, images: Tensor, view: Any) -> Tensor:
-        called.append(len(images))
-        return real(self, images, view)
-
-    monkeypatch.setattr(Augment, "__call__", counted)
+    called = count_augmented(monkeypatch)
     images, _ = c.data.load()
     ahead, count = list(train(c))[-1].state(), len(images)
     assert sum(called) == 2 * count

@@ -140,7 +140,7 @@ def driver(small: Path, forkserver: Any) -> Iterator[Any]:
     held = forkserver.Event()
     process = forkserver.Process(target=hold, args=(small, held))
     process.start()
-    assert held.wait(110), "its imports take seconds"
+    assert held.wait(60)
     yield process
     process.kill()
     process.join()
