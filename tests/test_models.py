@@ -890,3 +890,14 @@ def test_the_gradient_of_cnn_s_pooling_has_the_order_of_what_is_pooled(
         x.grad = None
     assert orders[0] and gradients[0].equal(gradients[1])
     assert order == torch.contiguous_format or not orders[1], "torch does it itself now"
+
+
+@pytest.mark.parametrize(
+    "network", [{"name": "own", "path": "a:b"}, {"name": "timm", "model": "x"}]
+)
+def test_networks_with_arguments_can_be_keys(network: dict[str, Any]) -> None:
+    one, same, other = (
+        TypeAdapter(Model).validate_python({**network, "args": {"a": [value]}})
+        for value in (1, 1, 2)
+    )
+    assert {one: 1}[same] == 1 and other not in {one: 1}

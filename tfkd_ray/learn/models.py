@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -667,6 +668,9 @@ class Timm(Network):
     becomes 3x3 with stride 1, and a `maxpool` is removed; a convolution as wide as its stride (the
     patches of a ViT or ConvNeXt) stays."""
 
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.model_dump(mode="json")))
+
     @property
     def called(self) -> str:
         """Return `timm:NAME`."""
@@ -764,6 +768,9 @@ class OwnNetwork(Network):
     directory of `tfkd`, where it also runs."""
     args: dict[str, JsonValue] = {}
     """More arguments of the function."""
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.model_dump(mode="json")))
 
     @property
     def called(self) -> str:
