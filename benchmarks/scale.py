@@ -161,8 +161,15 @@ def direct(args: argparse.Namespace, folder: Path) -> Clock:
         took = 1000 * (clock.cpu[-1] - clock.cpu[0]) / (args.trials - args.filled) / args.epochs
         print(f"{took:.3f} ms of CPU an epoch, start and end of the trial included")
     driver.told.on_experiment_end([])
+    print(f"memory of this process before it opens the experiment again: {peak_mib():.0f} MiB")
+    del driver
     print("\n".join(reopened(space, experiment)))
     return clock
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def fill(space: Space, experiment: Path, trials: int) -> None:
@@ -302,7 +309,7 @@ def main() -> None:
             log_to_driver=False,
             logging_level="ERROR",
         )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_mib()
     with tempfile.TemporaryDirectory() as folder:
         if args.how == "direct":
             clock = direct(args, Path(folder))
@@ -317,8 +324,7 @@ def main() -> None:
     print(f"{args.how}, {args.sampler}, {args.trials:,} trials, {args.at_once} at a time")
     print("| trials | driver CPU, ms a trial | wall, ms a trial |\n|---|---|---|")
     print("\n".join(rows(clock, args.filled, args.trials)))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    gc.collect()
+    after = peak_mib()
     print(
         f"memory of the driver at most {after:.0f} MiB, {after - before:.0f} more than before the first trial"
     )

@@ -158,12 +158,12 @@ def test_it_says_how_it_stands_to_the_second_and_the_trial(
     tell(progress, second, 3, 0.6)
     spent.write_text(json.dumps({"seconds": 20.0, "trial_seconds": 1800.0}))
     # An epoch takes 2 s, and one trial runs at a time: it has 6 epochs left. The fourth trial of ce at
-    # epoch 1 passes in 1 of 4 cases, the third at epoch 3 in 1 of 3: 1 + 2/4 + 6/12 epochs. Of lsr, the
-    # second and third pass epoch 1 in 1 of 2 and 1 of 3 cases: 1 + 2 * 5/12 + 6 * 5/24 epochs each.
-    # 14 epochs in all, a little more as more passed so far; the drawn sweeps take 25 s.
+    # epoch 1 passes in 1 of 4 cases, the third at epoch 3 in 1.4 of 3: 1 + 2/4 + 8.4/12 epochs. Of lsr,
+    # the second and third pass epoch 1 in 1 of 2 and 1 of 3 cases, and one of them epoch 3 in 1.4 of 2.
+    # 15 epochs in all, a little more as more passed so far; the drawn sweeps take 27 s.
     assert progress.lines(80, 24) == [
-        "sweep: 4 of 8 trials, 1 running, 0:20, about 0:25 left",
-        f"{'━' * 45}{'─' * 29}  61 %",
+        "sweep: 4 of 8 trials, 1 running, 0:20, about 0:27 left",
+        f"{'━' * 43}{'─' * 31}  59 %",
         "36 epochs/min, 750 images/s, time 0:20 of 1:00:00, 0.50 of 2 CPU-hours",
         "1 of 3 failures",
         "",
@@ -202,9 +202,9 @@ def test_epochs_left_are_those_of_trials_stopped_as_often_as_so_far() -> None:
 def test_of_a_halving_the_epochs_left_are_those_that_its_rule_expects() -> None:
     rule = HalvingRule((1, 3), 3)
     new = [("ce", 9)] * 3
-    # of 3 trials 1 + 1/2 + 1/3 pass epoch 1, about 2, of which 1 + 1/2 pass epoch 3
+    # of 3 trials 1 + 1/2 + 1/3 pass epoch 1, about 2, of which 1 + 1.4/2 pass epoch 3
     passing = 1 + 1 / 2 + 1 / 3
-    assert epochs_left([], new, rule) == pytest.approx(3 + passing * (2 + 3 / 4 * 6))
+    assert epochs_left([], new, rule) == pytest.approx(3 + passing * (2 + 1.7 / 2 * 6))
     there = [Begun("ce", 1, 9, "stopped")] * 5
     # the sixth passes in 2 of 6 cases, in fewer as none of five passed where 2.28 were expected, and
     # is then the first at epoch 3; another objective is apart

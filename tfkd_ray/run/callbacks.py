@@ -742,7 +742,9 @@ class Lock(Listener):
         except BaseException:
             self._lock.release()
             raise
-        trials = [f for f in trials_folder(self._experiment).glob("*") if f.name not in finished]
+        above = trials_folder(self._experiment)
+        there = list(above.iterdir()) if above.is_dir() else []
+        trials = [folder for folder in there if folder.name not in finished]
         # of a killed driver or trial
         for folder in (self._experiment, self._experiment / STOPS, *trials):
             if not folder.is_symlink():

@@ -79,6 +79,7 @@ from tfkd_ray.space.search_config import (
 )
 from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space, share_of
 from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.ended import without_collector
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     STOPPED_BY,
@@ -1018,6 +1019,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     # --- Optuna
 
+    @without_collector()
     def _open(self) -> list[Study]:
         """Create or continue the studies, and queue their unfinished trials."""
         if self._studies is None:

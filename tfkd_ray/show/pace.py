@@ -1,8 +1,9 @@
 """The time that a sweep still takes: epochs that are left, and how fast epochs go.
 
 Early stopping decides most of it. Where the rule is known (halving), its own expectation is used: of
-i trials at a rung, max(1, i // factor) / i of them pass. Elsewhere the share that was stopped at
-each epoch so far stays. benchmarks/eta.py measures the estimate on tables of learning curves.
+i trials at a rung, max(1, i // factor) / i of them pass, and more at later rungs, since those that
+come there have passed before. Elsewhere the share that was stopped at each epoch so far stays.
+benchmarks/eta.py measures the estimate on tables of learning curves.
 """
 
 import bisect
@@ -21,6 +22,9 @@ LATEST = 100
 
 TRUST = 2.0
 """Number of trials that pass a rung by the rule alone, before the share that passed counts as much."""
+AGAIN = 1.4
+"""Times as often as at the rung below it, a trial passes a rung. By simulation of a rule with factor 3, a
+correlation of 0.9 between the values at two rungs, and 24 trials: 1.3 to 1.6."""
 DRAWS, MOST_DRAWN = 16, 2000
 """Sweeps that are drawn for the time left, and most trials in all of them: the last trials decide
 when a sweep ends, and by chance one of them runs long. Larger sweeps get the expectation."""
@@ -113,22 +117,31 @@ def _observed(begun: Sequence[Begun]) -> dict[int, float]:
 def _expected(begun: Sequence[Begun], new: int, rule: HalvingRule) -> dict[int, float]:
     """Return the shares of one row's trials that are still to come to each rung."""
     goes_on, before, coming = {}, 0, float(new)
-    for rung in rule.rungs:
+    for level, rung in enumerate(rule.rungs):
         coming += sum(
             before <= b.epoch < rung for b in begun if b.status in ("running", "interrupted")
         )
         there, more = sum(b.epoch >= rung for b in begun), max(1, round(coming))
-        passing = _passed_by_rule(there + more, rule) - _passed_by_rule(there, rule)
+        expected = _passed_by_rule(there, level, rule)
+        passing = _passed_by_rule(there + more, level, rule) - expected
         so_far = there - sum(b.epoch == rung and b.status == "stopped" for b in begun)
-        ratio = (so_far + TRUST) / (_passed_by_rule(there, rule) + TRUST)
+        ratio = (so_far + TRUST) / (expected + TRUST)
         goes_on[rung] = min(1.0, passing / more * ratio)
         before, coming = rung, coming * goes_on[rung]
     return goes_on
 
 
-def _passed_by_rule(trials: int, rule: HalvingRule) -> float:
-    """Return how many of the first trials at a rung pass it if their values are in no order."""
-    return sum(max(1, i // rule.factor) / i for i in range(1, trials + 1))
+def _passed_by_rule(trials: int, level: int, rule: HalvingRule) -> float:
+    """Return how many of the first trials at a rung are expected to pass it.
+
+    At the first rung their values are in no order. Those that come to a later one were mostly the
+    best so far at the rungs below it, and pass more often (`AGAIN`).
+
+    Args:
+        level: number of rungs below it.
+    """
+    more = AGAIN**level
+    return sum(min(1.0, more * max(1, i // rule.factor) / i) for i in range(1, trials + 1))
 
 
 def _rest(epoch: int, full: int, goes_on: Mapping[int, float]) -> float:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.show.pace import Begun, HalvingRule, epochs_left
 from tfkd_ray.space.finalists import Candidate, finalists
 from tfkd_ray.space.pausing import halving_rungs
-from tfkd_ray.store.ended import ENDED, Briefs, are_many, in_full, read_briefs
+from tfkd_ray.store.ended import (
+    ENDED,
+    Briefs,
+    are_many,
+    in_full,
+    read_briefs,
+    without_collector,
+)
 from tfkd_ray.store.experiment import (
     BASELINES,
     STATUSES,
@@ -386,6 +394,7 @@ def _changed(path: Path) -> float:
 # --- status ----------------------------------------------------------------------------------------------------
 
 
+@without_collector()
 def status(experiment: Path) -> Tree:
     """Return an experiment's status as JSON types (`tfkd status --json`). Keys are only ever added:
 
@@ -543,15 +552,13 @@ def _status_rows(
     for record in records:
         members.setdefault(plan.row(record), []).append(record)
     rows: dict[str, Tree] = {}
-    firsts, judged = list[Record](), list[Record]()
+    rankings = []
     for name, own in members.items():
         counts = Counter(record.status for record in own)
         ranked = ranked_trials(own, plan.metric, plan.limits) if plan.metric else []
-        rows[name] = {**{s: counts[s] for s in STATUSES}, "best": _best_trials(ranked, plan)}
-        firsts, judged = [*firsts, *ranked[:1]], [*judged, *ranked]
-    firsts.sort(key=lambda record: record.number)
-    first = ranked_trials(firsts, plan.metric, plan.limits)[:1] if plan.metric else []
-    return rows, _best_trials([*first, *(r for r in judged if r is not first[0])], plan)
+        rows[name] = {**{s: counts[s] for s in STATUSES}, "best": _best_trial([ranked], plan)}
+        rankings.append(ranked)
+    return rows, _best_trial(rankings, plan)
 
 
 def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[Tree]:
@@ -683,21 +690,31 @@ def cut_short(text: str) -> str:
     return text if len(text) <= MOST_OF_A_TEXT else text[:MOST_OF_A_TEXT] + "…"
 
 
-def _best_trials(ranked: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
-    """Return the first of ranked trials, and how many share its value."""
-    if plan.metric is None or not ranked:
+def _best_trial(rankings: Sequence[Sequence[Record]], plan: ExperimentPlan) -> Tree | None:
+    """Return the best of all trials, and how many share its value.
+
+    Args:
+        rankings: the ranked trials of each row.
+    """
+    firsts = [ranked[0] for ranked in rankings if ranked]
+    metric, limits = plan.metric, plan.limits
+    winner = best(firsts, metric, limits) if metric else None
+    if metric is None or winner is None:
         return None
-    winner, value = ranked[0], ranked[0].judged[plan.metric]
-    again = plan.metric in winner.means
-    alike = [r for r in ranked if (plan.metric in r.means) == again]
+
+    def place(record: Record) -> tuple[bool, bool, float]:
+        judged = record.judged
+        return is_feasible(limits, judged), metric in record.means, judged[metric]
+
+    shared = [takewhile(lambda r: place(r) == place(winner), ranked) for ranked in rankings]
     return {
         "trial": winner.name,
         "objective": winner.objective,
-        "value": value,
-        "shared_by": sum(r.judged[plan.metric] == value for r in alike),
-        "feasible": is_feasible(plan.limits, winner.judged),
-        "seeds": len(winner.further) if again else 0,
-        "error": winner.error(plan.metric),
+        "value": winner.judged[metric],
+        "shared_by": sum(1 for _ in chain.from_iterable(shared)),
+        "feasible": is_feasible(limits, winner.judged),
+        "seeds": len(winner.further) if metric in winner.means else 0,
+        "error": winner.error(metric),
     }
 
 

@@ -101,7 +101,11 @@ def _list_of(folder: Path) -> Path:
 
 def are_many(experiment: Path) -> bool:
     """Return True if readers take the trials that have ended from their list."""
-    return (experiment / ENDED).exists() and len(_folder_names(experiment)) > MANY_ENDED
+    if not (experiment / ENDED).exists():
+        return False
+    with contextlib.suppress(OSError), os.scandir(trials_folder(experiment)) as entries:
+        return any(n > MANY_ENDED for n, _ in enumerate(_folders(entries), 1))
+    return False
 
 
 def read_briefs(experiment: Path, *, alive: bool = True) -> Briefs:
@@ -113,7 +117,7 @@ def read_briefs(experiment: Path, *, alive: bool = True) -> Briefs:
     if not are_many(experiment):
         return Briefs(read_records(experiment), gone_trials(experiment))
     names, above = _folder_names(experiment), trials_folder(experiment)
-    with _without_collector():
+    with without_collector():
         ended = _read_ended(experiment / ENDED)
         found: list[Record] = [_Brief(above, ended[name]) for name in ended if name in names]
     for name in names - ended.keys():
@@ -127,7 +131,7 @@ def read_briefs(experiment: Path, *, alive: bool = True) -> Briefs:
 
 
 @contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Make many objects without Python's collector, which would look through all of them often."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -142,11 +146,32 @@ class _Brief(Record):
     """A listed trial, in brief; of 100,000 lines, made in a second, so nothing is copied."""
 
     def __init__(self, above: Path, about: Tree) -> None:
-        about["_above"], last = above, about["last"]
-        about["metrics"] = [last] if "epoch" in last else []
-        about["config"] = {key: about[key] for key in ("epochs", "seed") if key in about}
-        about["parameters"] = {} if about["arm"] is None else {"arm": about["arm"]}
+        about["_above"] = above
+        if "epoch" not in about["last"]:
+            about["last"] = {}
         object.__setattr__(self, "__dict__", about)
+
+    @property
+    def last(self) -> Numbers:
+        """Metrics of the last epoch by which trials are judged."""
+        last: Numbers = self.__dict__["last"]
+        return last
+
+    @property
+    def metrics(self) -> list[Numbers]:
+        """The last epoch's line alone."""
+        return [self.last] if self.last else []
+
+    @property
+    def config(self) -> Tree:
+        """Its epochs, and the seed of a run with a further seed."""
+        return {key: self.__dict__[key] for key in ("epochs", "seed") if key in self.__dict__}
+
+    @property
+    def parameters(self) -> Tree:
+        """The arm of a comparison's run."""
+        arm = self.__dict__["arm"]
+        return {} if arm is None else {"arm": arm}
 
     @property
     def folder(self) -> Path:
@@ -179,9 +204,14 @@ def _folder_names(experiment: Path) -> set[str]:
     """Return the names of the folders of trials."""
     try:
         with os.scandir(trials_folder(experiment)) as entries:
-            return {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+            return {entry.name for entry in _folders(entries)}
     except OSError:
         return set()
+
+
+def _folders(entries: Iterable[os.DirEntry[str]]) -> Iterator[os.DirEntry[str]]:
+    """Return the entries of a directory that are directories, and no links."""
+    return (entry for entry in entries if entry.is_dir(follow_symlinks=False))
 
 
 def _read_ended(path: Path) -> dict[str, Tree]:
