@@ -87,7 +87,7 @@ TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist zsh fish
 test-tools: $(VENV)/.installed
 	@command -v g++ >/dev/null && command -v ssh >/dev/null && command -v pkill >/dev/null && command -v zsh >/dev/null && command -v fish >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
 		&& test -d /usr/share/datasets/fashion-mnist || { echo "test-tools: needs, as root: apt-get install $(TOOLS)"; exit 2; }
-	@$(BIN)/python -m pytest -m 'tools and not fault and not cluster' $(ARGS)
+	@$(BIN)/python -m pytest -m 'tools and not fault and not cluster $(SOME)' $(ARGS)
 
 test-docs: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m docs $(ARGS)
@@ -148,12 +148,12 @@ docs-outputs: $(VENV)/.installed
 	@$(BIN)/python docs/outputs.py $(ARGS)
 
 # the tests of faults and of clusters wait much: beside them others have a processor; those of
-# clusters run `ray stop`, which ends every Ray of this machine, and those of the browser use none
+# clusters run `ray stop`, which ends every Ray of this machine, so nothing beside them uses one
 ci: $(VENV)/.installed
 	@$(MAKE) --jobs 2 --output-sync=target check docs
 	@$(MAKE) test
-	@$(MAKE) --jobs 2 --output-sync=target test-docs test-faults-short test-tools
-	@$(MAKE) --jobs 2 --output-sync=target test-cluster-short test-browser
+	@$(MAKE) --jobs 2 --output-sync=target test-docs test-faults-short test-tools SOME='and ray'
+	@$(MAKE) --jobs 2 --output-sync=target test-cluster-short test-browser test-tools SOME='and not ray'
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true

@@ -407,7 +407,7 @@ def test_a_path_in_a_command_that_is_shown_is_one_word_of_it(tmp_path: Path) -> 
 
 
 @pytest.mark.ray
-@pytest.mark.docs
+@pytest.mark.long  # CI runs this sweep with the outputs of README, and compares what it prints
 def test_the_main_job_on_real_digits(ray_cluster: str, tfkd: Run, here: Path) -> None:
     """The sweep of the README as it stands there, piped: 24 trials, six for each objective, within 90 s."""
     start = time.monotonic()

@@ -1092,6 +1092,45 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("moment", ["first", "third"])
+def test_further_seeds_go_on_from_the_bucket_after_a_kill_with_9_and_the_loss_of_the_disks(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, moment: str,
+) -> None:  # fmt: skip
+    search = {**LONG["search"], "finalists": {"k": 2, "seeds": 2}, "sampler": "random"}
+    tree = {**LONG, "epochs": 60, "search": search}
+    build_tuner(tree, name="whole", storage=tmp_path).fit()
+    (tmp_path / "finalists.yaml").write_text(dump_yaml(tree))
+    elsewhere("driver")
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "finalists.yaml", "--name", "e"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    driver = subprocess.Popen([*command, "--storage", bucket], cwd=tmp_path, **quiet)
+
+    def seeds() -> list[str]:
+        """Return the runs with further seeds that the bucket knows."""
+        return [n for n in server.names() if re.search(r"/trials/[^/]*seed[^/]*/trial.json$", n)]
+
+    try:
+        until(lambda: len(seeds()) >= {"first": 1, "third": 3}[moment])
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    forget(NODE, str(tmp_path / "driver"))
+    monkeypatch.setattr(remote, "STALE_S", 0.0)
+    elsewhere("second")
+    assert resume_tuner(f"{bucket}/e").fit().num_errors == 0
+    elsewhere("reader")
+    found, whole = to_continue(f"{bucket}/e").folder, tmp_path / "whole"
+    assert outcome(found) == outcome(whole)
+    one, other = ([run for r in read_records(e) for run in r.further] for e in (found, whole))
+    assert len(one) == 4 and [run.name for run in one] == [run.name for run in other]
+    assert [alike(run.metrics) for run in one] == [alike(run.metrics) for run in other]
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
