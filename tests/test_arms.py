@@ -93,7 +93,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "kd without teacher": (with_arm(name="x", objective="kd"), "arms.x.teacher.model: objective kd needs a teacher's network"),
     "a wrong setting below": (with_arm(name="x", objective="ce", released={"alpha": 0.9, "temprature": 20}), "no such setting; did you mean 'temperature'?"),
     "a wrong setting": (with_arm(name="x", objective="ce", optm=1), "arms.x.optm: no such setting; did you mean 'optim'?"),
-    "published 7105": (with_arm(name="x", objective="lsr", published=7105), "arms.3.published: Input should be less than or equal to 100"),
+    "published 7105": (with_arm(name="x", objective="lsr", published=7105), "arms.3.published: should be at most 100"),
 }  # fmt: skip
 
 
@@ -316,6 +316,8 @@ def test_baselines_of_a_grid_are_tuned_by_a_sampler_and_one_without_ranges_is_an
     compared = arms_of(tmp_path / "g", rivals=rivals_of("ce"))
     assert [arm.name for arm in compared.arms] == ["t0000-kd", "ce"]
     assert compared.named("ce").config.objective.name == "ce"
+    assert compared.title == "g: the best 1 against baselines"
+    assert compared.note.startswith("This space fixes every setting of ce, so nothing of it was tuned")
 
 
 def trials(objective: str, values: list[float], status: str = "done") -> list[Record]:

@@ -362,7 +362,7 @@ def test_what_counts_as_tiny_is_counted() -> None:
             lambda: TrainConfig(objective="ce", student={"name": "mlp", "hiden": 3}),
             "student.mlp.hiden: no such setting",
         ),
-        (lambda: OptimConfig(lr=-1), "lr: Input should be greater than 0, got -1"),
+        (lambda: OptimConfig(lr=-1), "lr: should be greater than 0, got -1"),
         (lambda: next(train({"objective": "ce"})), "config: needs a TrainConfig, got a dict"),
         (lambda: find_or_train(None, "x"), "config: needs a TrainConfig, got a NoneType"),
     ],

@@ -1091,7 +1091,7 @@ def test_ones_own_constant_channel_cannot_be_normalised(mine: str) -> None:
     [
         ({"mean": [1, 2, 3]}, "mean and std: give both, or neither and they are measured"),
         ({"mean": [1, 2], "std": [1, 2, 3]}, "mean: 2 values for 3 channels, see shape"),
-        ({"num_classes": 1}, "num_classes: Input should be greater than or equal to 2, got 1"),
+        ({"num_classes": 1}, "num_classes: should be at least 2, got 1"),
         ({"shape": [8, 6]}, "shape"),
         ({"args": {"f": object()}}, "args.f"),
     ],

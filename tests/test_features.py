@@ -468,7 +468,7 @@ SETTINGS = {
     "compile": (own("Base"), {"compile": "on"}, "compile: objective Base asks for the outputs of layers, which are caught as the student runs, and a compiled student has none; set compile: off"),
     "own loop": (own("Base"), {"loop": "own_loop:train"}, "objective.Base.features: the loop of this package takes them from the networks; leave them out, and take them in your own loop"),
     "side": (own("plain", {"pupil": [2]}), {}, "objective.own.features.pupil: no such setting"),
-    "no names": (own("without_weight", {"student": {"a": 1}}), {}, "objective.own.features.student: Input should be a valid tuple, got {'a': 1}"),
+    "no names": (own("without_weight", {"student": {"a": 1}}), {}, "objective.own.features.student: should be a list, got {'a': 1}"),
     "no name": (own("without_weight", {"student": [""]}), {}, "objective.own.features.student.0: String should have at least 1 character, got ''"),
 }  # fmt: skip
 

@@ -803,9 +803,9 @@ def test_a_class_without_images_is_named(data: ImageFolder) -> None:
     "settings, sentence",
     [
         ({}, "data.image_folder.num_classes: required, and not given"),
-        ({"num_classes": 2, "std": [0.229, 0.224, 0.225]}, "data.image_folder.std.0: Input should be greater than or equal to 1, got 0.229"),
+        ({"num_classes": 2, "std": [0.229, 0.224, 0.225]}, "data.image_folder.std.0: should be at least 1, got 0.229"),
         ({"num_classes": 2, "mean": [1, 2]}, "data.image_folder.mean"),
-        ({"num_classes": 2, "readers": 0}, "data.image_folder.readers: Input should be greater than or equal to 1, got 0"),
+        ({"num_classes": 2, "readers": 0}, "data.image_folder.readers: should be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_wrong_settings_get_a_sentence(settings: dict[str, object], sentence: str) -> None:

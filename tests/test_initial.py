@@ -350,10 +350,10 @@ def test_what_timm_has_no_weights_for_is_said(
         ({"init": "pretrained"}, "init: no such name 'pretrained'; it is random, trained, or settings: {weights: FILE}"),
         ({"init": 3}, "init: needs random, trained, or settings: {weights: FILE}, got 3"),
         ({"init": {"lr_decay": 0.5}}, "init.weights: required, and not given"),
-        ({"init": {"weights": "w.pt", "lr_decay": 2}}, "init.lr_decay: Input should be less than or equal to 1, got 2"),
+        ({"init": {"weights": "w.pt", "lr_decay": 2}}, "init.lr_decay: should be at most 1, got 2"),
         ({"init": {"weights": "w.pt", "lr_decays": 1}}, "init.lr_decays: no such setting; did you mean 'lr_decay'?"),
         ({"init": {"weights": ""}}, "init.weights: needs a file, torchvision, torchvision:NAME or timm, got ''"),
-        ({"freeze": 3}, "freeze: Input should be a valid tuple, got 3"),
+        ({"freeze": 3}, "freeze: should be a list, got 3"),
         ({"freeze": [""]}, "freeze.0: String should have at least 1 character, got ''"),
         (
             {"freeze": "0", "loop": "loops_of_mine:good"},

@@ -621,10 +621,10 @@ def test_an_own_loss_that_takes_probabilities_learns_from_them_and_others_are_re
         ({"trivial": True, "rand": {}}, "augment: trivial and rand: one of the two"),
         (
             {"rand": {"ops": 0}},
-            "augment.rand.ops: Input should be greater than or equal to 1, got 0",
+            "augment.rand.ops: should be at least 1, got 0",
         ),
-        ({"erase": 1.5}, "augment.erase: Input should be less than or equal to 1, got 1.5"),
-        ({"mixup": -0.1}, "augment.mixup: Input should be greater than or equal to 0, got -0.1"),
+        ({"erase": 1.5}, "augment.erase: should be at most 1, got 1.5"),
+        ({"mixup": -0.1}, "augment.mixup: should be at least 0, got -0.1"),
         (
             {"trivial": True, "mixup": 1},
             "augment.trivial: is for pixels of 0 to 255, and those of digits end at 16",

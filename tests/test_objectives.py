@@ -431,7 +431,7 @@ def test_the_gradient_is_right_in_float32_up_to_the_highest_temperature(
         5 * torch.randn(32, 1000),
         torch.randint(1000, (32,)),
     )
-    with pytest.raises(ConfigError, match="less than or equal to 10000"):
+    with pytest.raises(ConfigError, match="should be at most 10000"):
         objective(temperature=10001)
     highest = objective(alpha=1, temperature=1e4)
     found = []

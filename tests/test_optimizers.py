@@ -450,7 +450,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": "kd", "teacher": {"model": "mlp", "optim": {"name": "muon", "path": "a:b"}}},
         "teacher.optim.muon: path is a setting of own, not of muon; leave it out, or write name: own",
     ),
-    "clipping to nothing": ({"optim": {"clip_norm": 0}}, "optim.clip_norm: Input should be greater than 0, got 0"),
+    "clipping to nothing": ({"optim": {"clip_norm": 0}}, "optim.clip_norm: should be greater than 0, got 0"),
     "more pieces than images": (
         {"optim": {"batch_size": 8, "accumulate": 9}},
         "optim.accumulate: 9 pieces of 8 images; lower it to 8, or raise batch_size",
@@ -470,7 +470,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"optim": OWN | {"args": {"gamma": 1}}},
         "optim.args: test_optimizers:Lion is called with groups, lr and these: got an unexpected keyword argument 'gamma'",
     ),
-    "a decay of 1": ({"ema": {"decay": 1}}, "ema.decay: Input should be less than 1, got 1"),
+    "a decay of 1": ({"ema": {"decay": 1}}, "ema.decay: should be less than 1, got 1"),
 }  # fmt: skip
 
 

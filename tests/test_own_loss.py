@@ -217,12 +217,12 @@ def test_the_bank_serves_an_own_loss(losses: Path, tmp_path: Path) -> None:
 
 ARGUMENTS = {
     "margn": (own("margin_kd", margn=1), "objective.margin_kd.args.margn: margin_kd has no such argument; did you mean 'margin'?"),
-    "text": (own("margin_kd", margin="a"), "objective.margin_kd.args.margin: Input should be a valid number, got 'a' (the signature says margin: 'float' = 0.1)"),
-    "default": (own("margin_kd", gamma="b"), "objective.margin_kd.args.gamma: Input should be a valid number, got 'b' (the signature says gamma = 2)"),
-    "bool": (own("margin_kd", margin=True), "objective.margin_kd.args.margin: Input should be a valid number, got True (the signature says margin: 'float' = 0.1)"),
-    "whole": (own("margin_kd", steps=1.5), "objective.margin_kd.args.steps: Input should be a valid integer, got 1.5 (the signature says steps: 'int' = 3)"),
-    "bound": (own("margin_kd", scale=0), "objective.margin_kd.args.scale: Input should be greater than 0, got 0"),
-    "word": (own("margin_kd", mode="herd"), "objective.margin_kd.args.mode: Input should be 'hard' or 'soft', got 'herd'"),
+    "text": (own("margin_kd", margin="a"), "objective.margin_kd.args.margin: should be a number, got 'a' (the signature says margin: 'float' = 0.1)"),
+    "default": (own("margin_kd", gamma="b"), "objective.margin_kd.args.gamma: should be a number, got 'b' (the signature says gamma = 2)"),
+    "bool": (own("margin_kd", margin=True), "objective.margin_kd.args.margin: should be a number, got True (the signature says margin: 'float' = 0.1)"),
+    "whole": (own("margin_kd", steps=1.5), "objective.margin_kd.args.steps: should be a whole number, got 1.5 (the signature says steps: 'int' = 3)"),
+    "bound": (own("margin_kd", scale=0), "objective.margin_kd.args.scale: should be greater than 0, got 0"),
+    "word": (own("margin_kd", mode="herd"), "objective.margin_kd.args.mode: should be 'hard' or 'soft', got 'herd'"),
     "teacher": (own("margin_kd", teacher=1), "objective.margin_kd.args.teacher: training gives it for each batch; leave it out"),
     "missing": (own("as_kd", alpha=0.5), "objective.as_kd.args.temperature: required by as_kd, and not given"),
     "teacher's name": (own("by_other_name"), "objective.by_other_name.args.teacher_logits: required by by_other_name, and not given; a teacher's logits come as a parameter named teacher"),
@@ -443,7 +443,7 @@ def test_mistakes_in_a_space_of_own_objectives_are_told(losses: Path) -> None:
     for objective, sentence in (
         ([own("as_kd", alpha=0.5, temperature=1), own("as_kd", alpha=1, temperature=2)], "objective: as_kd is listed twice; widen one range instead, or give one function another name"),
         (own("margin_kd", margn={"low": 0, "high": 1}), "objective.margin_kd.args.margn: margin_kd has no such argument"),
-        (own("margin_kd", scale={"low": -1, "high": 1}), "objective.margin_kd.args.scale: Input should be greater than 0, got -1"),
+        (own("margin_kd", scale={"low": -1, "high": 1}), "objective.margin_kd.args.scale: should be greater than 0, got -1"),
         ({**own("margin_kd"), "temperature": {"low": 1, "high": 20}}, "objective.own: temperature: an own objective has no such setting"),
     ):  # fmt: skip
         with pytest.raises(ConfigError) as error:

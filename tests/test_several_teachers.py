@@ -295,7 +295,7 @@ TWO_GIVEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no share": (
         {"teacher": [{**SMALL, "share": 0}, {**CNN, "share": 0}]},
-        "teachers.1.share: Input should be greater than 0, got 0",
+        "teachers.1.share: should be greater than 0, got 0",
     ),
     "a wrong name": (
         {"teacher": [SMALL, {**CNN, "shar": 2}]},

@@ -256,6 +256,15 @@ def test_a_trial_that_is_not_there_is_a_sentence_and_nothing_is_stopped(
     assert "no such directory" in capsys.readouterr().err
 
 
+def test_a_sweep_that_runs_is_not_confirmed(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["confirm", "e"]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "is still running, 5 of 6 trials have ended; wait for its end (tfkd status e --follow)" in err
+    assert [p.name for p in sweep.parent.iterdir()] == ["e"]
+
+
 def test_a_trial_is_named_as_in_logs_and_asked_as_often_as_one_likes(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -286,7 +286,7 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
         ),
         (
             {"tune_config": tune.TuneConfig(time_budget_s=0)},
-            "search.time_budget_s: Input should be greater than 0",
+            "search.time_budget_s: should be greater than 0",
         ),
         (
             {"tune_config": tune.TuneConfig(trial_name_creator=str)},

@@ -785,14 +785,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dkd": ({"objective": "dkd"}, "data.unlabelled: objective dkd has no form for images without labels"),
     "a loss of one's own": ({"objective": "test_own_loss:margin"}, "has no form for images without|learns from no teacher"),
     "an own loop": ({"loop": "test_own_loop:good"}, "data.unlabelled: the loop of this package adds them to its steps"),
-    "ratio 0": ({"data": {"unlabelled_ratio": 0}}, r"data\..*unlabelled_ratio: Input should be greater than 0, got 0"),
-    "a negative ratio": ({"data": {"unlabelled_ratio": -1}}, r"unlabelled_ratio: Input should be greater than 0, got -1"),
-    "ratio NaN": ({"data": {"unlabelled_ratio": math.nan}}, r"unlabelled_ratio: Input should be a finite number, got nan"),
+    "ratio 0": ({"data": {"unlabelled_ratio": 0}}, r"data\..*unlabelled_ratio: should be greater than 0, got 0"),
+    "a negative ratio": ({"data": {"unlabelled_ratio": -1}}, r"unlabelled_ratio: should be greater than 0, got -1"),
+    "ratio NaN": ({"data": {"unlabelled_ratio": math.nan}}, r"unlabelled_ratio: should be a finite number, got nan"),
     "a ratio of none": ({"data": {"unlabelled_ratio": 0.001}}, "data.unlabelled_ratio: beside 50 labelled images it is none, got 0.001"),
     "a ratio without images": ({"data": {"unlabelled": None}}, "data.unlabelled_ratio: is for unlabelled images, and data.unlabelled gives none, got 0.78"),
     "rest of all": ({"data": {"unlabelled": "rest"}}, "data.unlabelled: rest is what data.subset leaves out, and there is none"),
     "no name": ({"data": {"unlabelled": ""}}, "unlabelled: needs rest, a folder of images, a file"),
-    "a list": ({"data": {"unlabelled": ["a", "b"]}}, r"unlabelled: Input should be a valid string, got \['a', 'b'\]"),
+    "a list": ({"data": {"unlabelled": ["a", "b"]}}, r"unlabelled: should be a text, got \['a', 'b'\]"),
     "compiled pieces": ({"compile": "on", "optim": {"batch_size": 50, "accumulate": 2}}, "compile: pieces of a batch with unlabelled images"),
 }  # fmt: skip
 

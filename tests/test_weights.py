@@ -569,7 +569,7 @@ def test_a_file_of_ours_sees_images_as_its_own_data_had_them(tmp_path: Path) -> 
     [
         ({"model": "cnn", "input": INPUT}, "teacher.input: is for teacher.weights"),
         ({"model": "cnn", "weights": "/w", "input": {"mean": [1, 2, 3], "std": [1]}}, "teacher.input.mean: 3 values for 1 channels"),
-        ({"model": "cnn", "weights": "/w", "input": {"mean": [0.4], "std": [0.2]}}, "teacher.input.std.0: Input should be greater than or equal to 1"),
+        ({"model": "cnn", "weights": "/w", "input": {"mean": [0.4], "std": [0.2]}}, "teacher.input.std.0: should be at least 1"),
     ],
 )  # fmt: skip
 def test_a_wrong_input_gets_a_sentence(teacher: dict[str, Any], sentence: str) -> None:

@@ -88,6 +88,7 @@ def _confirm(
     first_look, most = args.seeds
     storage, name = comparison
     if sweep is not None:
+        _check_ended(sweep)
         rivals = rivals_of(args.baselines)
         tuned = _tuned_baselines(sweep, rivals, args, end)
         compared = arms_of(sweep.folder, top_k=args.top_k, rivals=rivals, baselines=tuned)
@@ -113,6 +114,22 @@ def _confirm(
         compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options
     )
     return compare_arms(comparison, args.address, end)
+
+
+def _check_ended(sweep: "Experiment") -> None:
+    """Raise a ConfigError if a driver runs the sweep: its best trials are not known yet."""
+    from tfkd_ray.show.status import is_running, status
+
+    if not is_running(sweep.folder):
+        return
+    trials, name = status(sweep.folder)["trials"], shell_word(sweep.folder)
+    ended = sum(trials[state] for state in ("done", "stopped", "failed"))
+    planned = "" if trials["planned"] is None else f" of {trials['planned']:,}"
+    raise ConfigError(
+        f"is still running, {ended:,}{planned} trials have ended; wait for its end (tfkd status {name} --follow), "
+        f"or end it (tfkd stop {name}), then confirm it",
+        sweep.folder,
+    )
 
 
 def check_seeds(first_look: int | None, most: int) -> None:

@@ -220,6 +220,7 @@ def _parsed_args(argv: list[str]) -> Namespace:
         refuse_rest(parser, verb, rest, argv)
     if rest:
         args.overrides += rest
+    _check_blanks(getattr(args, "overrides", []))
     args.words, args.parsed = argv, _parsed_args
     if getattr(args, "experiment", "") is None:
         args.experiment = newest_experiment()
@@ -227,6 +228,19 @@ def _parsed_args(argv: list[str]) -> Namespace:
     if args.verb == "confirm":
         args.file = sweep_or_arms(args.file)
     return args
+
+
+def _check_blanks(overrides: list[str]) -> None:
+    """Raise a ConfigError that names the setting which blanks around = have cut into words."""
+    for n, word in enumerate(overrides):
+        after = overrides[n + 1 : n + 2] if word.endswith("=") else []
+        if word.startswith("=") or any("=" not in value for value in after):
+            before = overrides[max(0, n - 1) : n] if word.startswith("=") else []
+            parts = [*before, word, *after]
+            raise ConfigError(
+                f"{' '.join(parts)}: blanks end a word of the command line; write {''.join(parts)}",
+                "command line",
+            )
 
 
 _WORDS = "TFKD_WORDS"

@@ -26,6 +26,7 @@ from tfkd_ray.learn.images import seeded
 from tfkd_ray.learn.own import Code, code_of, imported
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
+from tfkd_ray.settings.schema import in_our_words
 from tfkd_ray.settings.yaml import Tree, Values
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ def _value_problem(parameter: inspect.Parameter, hint: Any, value: Any) -> str |
     try:
         TypeAdapter(expected).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        return f"{error.errors(include_url=False)[0]['msg']}, got {value!r}"
+        return f"{in_our_words(error.errors(include_url=False)[0]['msg'])}, got {value!r}"
     except (PydanticUserError, TypeError, ValueError, NameError):  # a type that is no setting's
         return None
     return None

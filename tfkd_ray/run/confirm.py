@@ -45,6 +45,7 @@ from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.settings.errors import ConfigError, Say, Sentences, in_file
 from tfkd_ray.settings.files import check_writable, write_text
 from tfkd_ray.settings.yaml import Tree
+from tfkd_ray.show.report import objective_text
 from tfkd_ray.show.tensorboard import TensorBoard, write_comparison
 from tfkd_ray.space.arms import Arm, Arms, Comparison, Run, end_comparison, read_comparison
 from tfkd_ray.store.assignment import SECTION, Assignment
@@ -727,6 +728,10 @@ def outcome_table(result: Tree) -> list[str]:
     head = "arm\ttest acc. %\tn\t95 % over seeds" + "\tpublished\tdiff" * printed
     rows = [_arm_row(arm, printed) for arm in result["arms"]]
     lines += ["", *in_columns([head, *rows], 80)]
+    told = {arm["name"]: objective_text(arm["objective"]) for arm in result["arms"]}
+    with_settings = [f"{name} is {text}" for name, text in told.items() if ":" in text]
+    lines += [""] if with_settings else []
+    lines += [line for sentence in with_settings for line in wrapped(sentence)]
     for arm in result["arms"]:
         for run in arm["runs"]:
             if run["status"] != "done":

@@ -30,6 +30,11 @@ def places_of(word: str) -> list[str]:
 def no_such_setting(path: Sequence[str], known: Iterable[str]) -> str:
     """Return a sentence on a setting that does not exist; `known` are those that may stand there."""
     *above, word = path
+    name, colon, value = word.partition(":")
+    if colon and name in known:
+        return (
+            f"{dotted(path)}: no such setting; YAML wants a blank after the colon: {name}: {value}"
+        )
     sentence, near = f"{dotted(path)}: no such setting", near_to(word, known)
     if near is None and not places_of(word):  # a letter more or less than a setting elsewhere
         word = near_to(word, {name.rpartition(".")[2] for name in KNOWN}, 0.8) or word

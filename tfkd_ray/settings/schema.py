@@ -120,7 +120,28 @@ def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
     if kind == "value_error":
         message = str(e["ctx"]["error"])
         return message if not loc else f"{path}: {message}"
-    return f"{path}: {e['msg']}, got {got}"
+    return f"{path}: {in_our_words(e['msg'])}, got {got}"
+
+
+_OUR_WORDS = {
+    "Input should be": "should be",
+    "less than or equal to": "at most",
+    "greater than or equal to": "at least",
+    "a valid tuple": "a list",
+    "a valid list": "a list",
+    "a valid string": "a text",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+}
+"""What stands for pydantic's words."""
+
+
+def in_our_words(message: str) -> str:
+    """Return a message of pydantic as the part of a sentence that follows a setting's name."""
+    for theirs, ours in _OUR_WORDS.items():
+        message = message.replace(theirs, ours)
+    return message
 
 
 def _without_default_tag(loc: tuple[Any, ...]) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -407,15 +407,17 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def missing_file(path: Path, folder: str, more: Iterable[str] = ()) -> ConfigError:
+def missing_file(path: Path, folder: str, more: Sequence[str] = ()) -> ConfigError:
     """Return an error on a file that is not there; it names the nearest of those that might be meant.
 
     Args:
         folder: of the package, whose files have names.
-        more: other names that would do.
+        more: names of experiments, which would do, too.
     """
     near = _near_file(path, [*shipped_files(folder), *_files_beside(path), *more]) or "."
     listed = " `tfkd spaces` lists what ships with tfkd" if folder == "search_spaces" else ""
+    if more:
+        listed += ", and `tfkd ls` your experiments"
     return ConfigError(f"no such file (looked from {Path.cwd()}){near}{listed}".rstrip("."), path)
 
 

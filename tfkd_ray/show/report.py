@@ -615,7 +615,7 @@ def _arms_table(judged: Tree) -> str:
     rows = []
     for arm in judged["arms"]:
         s = over_seeds(arm)
-        row = [arm["name"], arm["role"], arm["student"], _settings(arm["objective"]), str(s.n)]
+        row = [arm["name"], arm["role"], arm["student"], objective_text(arm["objective"]), str(s.n)]
         row.append(f"{s.mean:.2f}" if s.n else "")
         row.append(f"{s.sd:.2f}" if s.n > 1 else "")
         row.append(_interval_text(s.low, s.high))
@@ -640,7 +640,8 @@ def _interval_text(low: float | None, high: float | None) -> str:
     return f"{low:.2f} to {high:.2f}" if finite else "-"
 
 
-def _settings(objective: Tree) -> str:
+def objective_text(objective: Tree) -> str:
+    """Return an arm's objective with its settings: kd: alpha 0.1, temperature 8."""
     name = str(own_code.shown_name(objective) or objective["name"])
     shown = objective["args"] if objective["name"] == "own" else objective
     rest = ", ".join(

@@ -828,7 +828,8 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     lines += [*in_columns(_table_rows(found), width), ""]
     if found["further"]:
         lines += [further_line(found["further"])]
-    lines += _best_trial_lines(found)
+    for line in _best_trial_lines(found):
+        lines += wrapped(line, width)
     for sentence in found["verdict"]:
         lines += wrapped(f"verdict, {sentence}", width)
     times = _time_parts(found)
@@ -867,7 +868,8 @@ def _out_of(planned: int | None) -> str:
 def _table_rows(found: Tree) -> Sentences:
     heading = f"best {found['metric']}" if found["metric"] else ""
     paused = bool(found["trials"]["paused"])
-    yield "\trunning" + "\tpaused" * paused + f"\tfull\tstopped\tfailed\t{heading}"
+    going = "interrupted" if found["state"] == "interrupted" else "running"
+    yield f"\t{going}" + "\tpaused" * paused + f"\tfull\tstopped\tfailed\t{heading}"
     for name, row in found["rows"].items():
         best = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
         running = row["running"]
@@ -891,7 +893,9 @@ def _best_trial_lines(found: Tree) -> Sentences:
             if rival is not None and rival["trial"] != best["trial"]:
                 error = error_text(rival["error"], rival["seeds"])
                 yield f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}{error}"
-        yield f"best of {found['trials']['started']:,} on validation: not a verdict"
+        ended = found["trials"]["started"] - found["trials"]["running"]
+        ended -= found["trials"]["interrupted"]
+        yield f"best of {ended:,} on validation: not a verdict"
     elif metric:
         yield "no trial of full length yet, so there is no best one"
         if ahead := found["ahead"]:

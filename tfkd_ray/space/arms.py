@@ -184,9 +184,13 @@ def build_arms(
     shared = {k: v for k, v in tree.items() if k not in Arms.model_fields}
     given = tree.get("arms")
     if not isinstance(given, list) or not given:
-        raise ConfigError(
-            "arms: needs a list of at least one arm, each with a name and an objective", source
-        )
+        message = "arms: needs a list of at least one arm, each with a name and an objective"
+        if given is None and "objective" in tree:
+            message = (
+                "is a search space, and has no arms to compare; sweep it with `tfkd tune`, then compare its best "
+                "trials with `tfkd confirm EXPERIMENT`"
+            )
+        raise ConfigError(message, source)
     arms: list[Tree] = []
     problems: list[str] = []
     for number, arm in enumerate(given):
@@ -424,6 +428,7 @@ def arms_of(
     for winner in winners:
         arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
     there = [experiment] if baselines is None else [experiment, baselines]
+    fixed = []
     for name in [b for b in BASELINES if b in rivals]:
         found = [record for where in there for record in _full(where) if record.objective == name]
         found = ranked_trials(found, metric, limits)
@@ -431,7 +436,14 @@ def arms_of(
             (found[0].name, found[0].config) if found else (name, _fixed_baseline(experiment, name))
         )
         arms.append({"name": rival[0], "config": rival[1], "role": "baseline"})
+        if not found or not found[0].parameters.keys() - {"objective"}:
+            fixed.append(name)
     arms, notes = _with_code_of_now(arms)
+    if fixed:
+        notes.append(
+            f"This space fixes every setting of {' and of '.join(fixed)}, so nothing of it was tuned: a lead over "
+            "it may be a better learning rate."
+        )
     records = [record for where in there for record in read_records(where)]
     found_doubts = [d for d in doubts(records, metric, limits) if d.baseline in rivals]
     if found_doubts:
@@ -474,7 +486,8 @@ def arms_of(
     return validated(
         Arms,
         {
-            "title": f"{experiment.name}: the best {len(winners)} against tuned baselines",
+            "title": f"{experiment.name}: the best {len(winners)} against "
+            + ("baselines" if fixed else "tuned baselines"),
             "arms": list(distinct.values()),
             "note": " ".join(notes),
             "searched": len(read_records(experiment)),

@@ -1222,7 +1222,12 @@ def _trials_can_be_compared(p: Parameter) -> Sentences:
     """Reject a searched setting that makes trials different runs, but not better ones."""
     top = p.path[0]
     if top in ONE_A_SWEEP and p.path != ("data", "unlabelled_ratio"):
-        yield f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared"
+        way_out = "one sweep for each value, then `tfkd compare A B`"
+        if top == "seed":
+            way_out = "further seeds of the best trials are `search.finalists`; arms over seeds, `tfkd confirm`"
+        yield (
+            f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared; {way_out}"
+        )
 
 
 def _names_are_fixed(p: Parameter) -> Sentences:
@@ -1420,7 +1425,8 @@ def override(tree: Tree, text: str) -> None:
     if path[0] == "teacher" and path[1:] and path[1].isdecimal():  # one of a list
         path[0] = "teachers"
     if not equals or not all(path):
-        raise ConfigError(f"{text}: an override is key.path=value, for example optim.lr=0.1")
+        what = "an override is key.path=value in one word, without blanks around =; such as optim.lr=0.1"
+        raise ConfigError(f"{text}: {what}")
     if path[0] not in {"search", *TrainConfig.model_fields}:
         known = settings_at(TrainConfig, ()) | {"search"}
         raise ConfigError(no_such_setting(path[:1], known))

@@ -254,7 +254,10 @@ def about_now(argv: list[str], tree: Values) -> Tree:
 def read_experiment(experiment: Path) -> Tree:
     """Read experiment.yaml; raise a ConfigError if the directory is no experiment."""
     if not os.path.lexists(experiment / "experiment.yaml"):
-        raise ConfigError("not an experiment: there is no experiment.yaml in it", experiment)
+        message = "not an experiment: there is no experiment.yaml in it"
+        if os.path.lexists(experiment / "confirm.yaml"):
+            message = "is a comparison of arms, not a sweep; its verdict is in `tfkd report` and `tfkd status`"
+        raise ConfigError(message, experiment)
     about = read_yaml(experiment / "experiment.yaml", follow=False)
     if about.get("layout") != VERSION:
         message = (
