@@ -222,12 +222,14 @@ def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
 def test_a_grid_of_temperature_and_alpha_is_a_heat_map_with_its_numbers(tmp_path: Path) -> None:
     experiment = make_grid(tmp_path / "e")
     written = report(experiment, tmp_path / "r.html", figures=tmp_path / "f")
-    assert {"grid.svg", "grid.csv", "grid-kd.tex"} <= {path.name for path in written}
+    assert {"grid.svg", "grid.pdf", "grid.csv", "grid-kd.tex"} <= {path.name for path in written}
     page = without_plotly(tmp_path / "r.html")
-    cells = re.findall(r'<td style="[^"]*" data-trials="(\d+)" title="[^"]*">([^<]*)</td>', page)
+    cells = re.findall(r'<td style="[^"]*" data-trials="(\d+)" title="[^"]*">(.*?)</td>', page)
     rows = list(csv.DictReader((tmp_path / "f" / "grid.csv").read_text().splitlines()))
     expected = [grid_value(t, alpha) for t in GRID_T for alpha in GRID_ALPHA]
-    assert [text for _, text in cells] == [f"{100 * value:.2f}" for value in expected]
+    shown = [f"{100 * value:.2f}" for value in expected]
+    assert [re.sub("<.*?>", "", text) for _, text in cells] == shown
+    assert [text for _, text in cells if "<" in text] == ["<strong>95.00</strong>"]
     assert [int(number) for number, _ in cells] == list(range(len(expected)))
     assert [float(row["mean"]) for row in rows] == pytest.approx([100 * v for v in expected])
     assert [(float(row["down_value"]), float(row["across_value"])) for row in rows] == [
@@ -243,8 +245,9 @@ def test_a_combination_that_was_stopped_shows_its_rung_in_brackets_and_is_never_
     tmp_path: Path,
 ) -> None:
     experiment = make_grid(tmp_path / "e", stopping="halving")
-    report(experiment, tmp_path / "r.html", figures=tmp_path / "f")
-    table = (tmp_path / "f" / "grid-kd.tex").read_text()
+    report(experiment, tmp_path / "r.html")
+    (found,) = heat_map.sweep_grids(figures.read_sweep(experiment, read_plan(experiment)))
+    table = heat_map.as_latex(found)
     assert r"4 & 91.00 & (89.00) & 91.00 \\" in table  # after 3 of 9 epochs; it would end at 95
     assert r"2 & (83.00) & \textbf{93.00} & (83.00) \\" in table
     page = without_plotly(tmp_path / "r.html")
@@ -266,7 +269,49 @@ def test_arms_over_temperature_and_alpha_are_a_heat_map_of_means_over_seeds() ->
         assert found.cells[place].mean == pytest.approx(np.mean(values[t, a]))
         assert found.cells[place].sd == pytest.approx(np.std(values[t, a], ddof=1))
     assert r"4 & $94.05 \pm 0.07$ & $\mathbf{94.45 \pm 0.64}$ \\" in heat_map.as_latex(found)
-    assert "the mean over its seeds" in heat_map.grid_figure([found]).sentence
+    assert (
+        "the mean ± standard deviation over its seeds (n = 2)"
+        in heat_map.grid_figure([found]).sentence
+    )
+    assert len(list(heat_map.arm_grids({"arms": arms[:3]}))) == 1
+    assert not list(heat_map.arm_grids({"arms": [arms[0], arms[3]]})), "two of four are no grid"
+
+
+def test_a_grid_with_further_seeds_has_their_means_and_those_come_before_single_runs(
+    tmp_path: Path,
+) -> None:
+    experiment = make_grid(tmp_path / "e")
+    sweep = figures.read_sweep(experiment, read_plan(experiment))
+    records = list(sweep.records)
+    for n, values in ((0, (0.70, 0.74)), (1, (0.71, 0.73)), (2, (0.60, 0.61))):
+        runs = (
+            replace(records[n], name=f"{records[n].name}-seed{k}", metrics=[{"epoch": 9, "val_accuracy": v}])
+            for k, v in enumerate(values)
+        )  # fmt: skip
+        records[n] = records[n].with_runs(tuple(runs))
+    (found,) = heat_map.sweep_grids(replace(sweep, records=records))
+    assert found.cells[0, 0].mean == pytest.approx(records[0].judged["val_accuracy"])
+    assert found.best == {(0, 0), (0, 1)}, "equal means, before all single runs"
+    row = r"1 & $\mathbf{72.00 \pm 2.83}$ & $\mathbf{72.00 \pm 1.41}$ & $60.50 \pm 0.71$ \\"
+    assert row in heat_map.as_latex(found)
+    line = next(csv.DictReader(heat_map.as_csv([found]).splitlines()))
+    assert [line[key] for key in ("unit", "mean", "sd", "n")] == ["%", "72.00", "2.83", "2"]
+    assert line["runs"] == "t0000-kd-seed0; t0000-kd-seed1"
+    drawn = heat_map.grid_figure([found])
+    assert drawn.panels[0].heat is not None and drawn.panels[0].heat.best == found.best
+    assert "Cells without ± are single runs" in drawn.sentence
+
+
+def test_a_negative_number_is_no_formula_in_a_table_of_a_grid() -> None:
+    cell = heat_map.Cell([heat_map.CellValue("=a", 0, "", 0.5, None)], 1)
+    names, values = ("x", "y"), ["-1", "=1", "-1e-05"]
+    grid = heat_map.HeatMap("kd", "val_accuracy", "accuracy", names, values, ["-0.5"],
+                            {(i, 0): cell for i in range(3)})  # fmt: skip
+    rows = list(csv.DictReader(heat_map.as_csv([grid]).splitlines()))
+    assert [row["down_value"] for row in rows] == ["-1", "'=1", "-1e-05"]
+    assert {(row["across_value"], row["unit"], row["runs"]) for row in rows} == {
+        ("-0.5", "%", "'=a")
+    }
 
 
 def test_a_cell_has_the_best_of_other_settings_and_says_so(tmp_path: Path) -> None:
@@ -478,7 +523,7 @@ def test_wrong_input_is_refused_before_anything_is_written(
         report(sweep.parent / "gone", tmp_path / "r.html")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"--figures: SVG files are drawn by matplotlib, which is not installed"
+        ConfigError, match=r"--figures: SVG and PDF files are drawn by matplotlib, which is not installed"
     ):
         report(sweep, tmp_path / "r.html", figures=tmp_path / "figures")
     assert not list(tmp_path.iterdir())

@@ -586,7 +586,7 @@ def _parser() -> ArgumentParser:
         help="output file (default: report.html; - or /dev/stdout: standard output)",
     )
     sub.add_argument("--figures", type=Path, metavar="DIR",
-                     help="also write the figures as SVG, and heat maps as CSV and LaTeX")  # fmt: skip
+                     help="also write the figures as SVG and PDF, and heat maps as CSV and LaTeX")  # fmt: skip
     sub.add_argument("--confirm", type=experiment_place, action="append", metavar="DIR",
                      help="comparison whose verdict to show (default: all comparisons of this sweep)")  # fmt: skip
 

@@ -10,8 +10,9 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from tfkd_ray.settings.yaml import Tree, Values
@@ -21,10 +22,14 @@ from tfkd_ray.show.status import inert
 from tfkd_ray.space.ranges import Choices
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Parameter
-from tfkd_ray.verdict.scores import Score, score_of
+from tfkd_ray.store.experiment import Record
+from tfkd_ray.verdict.limits import is_feasible
+from tfkd_ray.verdict.scores import Score, score_of, sign
 
 MOST_CELLS_ACROSS = 40
 """Most rows or columns of a heat map."""
+FILLED = 0.75
+"""Share of the combinations of T and alpha that arms have, from which they are a grid."""
 PAIR = ("temperature", "alpha")
 """Settings, down and across, that a paper's grid is over."""
 SYMBOLS = {"temperature": "$T$", "alpha": r"$\alpha$"}
@@ -43,6 +48,8 @@ class CellValue(NamedTuple):
     """In the recorded unit."""
     epoch: int | None
     """Epoch of the value below full length; None: the last one."""
+    rank: tuple[bool, bool] = (True, True)
+    """It meets the constraints, and is one of further seeds: both come before any value."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Cell:
     """The runs of one combination: of its other settings, those with the best mean."""
 
     runs: Sequence[CellValue]
+    """One for each seed."""
     tried: int
     """Number of other settings that were tried."""
 
@@ -67,6 +75,10 @@ class Cell:
     def epoch(self) -> int | None:
         """Epoch of the value below full length; None: full length."""
         return self.runs[0].epoch
+
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        return self.runs[0].rank
 
 
 @dataclass(frozen=True)
@@ -89,12 +101,22 @@ class HeatMap:
     def score(self) -> Score:
         return score_of(self.metric)
 
-    @property
-    def best(self) -> tuple[int, int] | None:
-        """The best cell of full length; of equals the first."""
-        full = [(cell.mean, place) for place, cell in self.cells.items() if cell.epoch is None]
-        sign = 1 if self.score.direction == "max" else -1
-        return max(full, key=lambda item: sign * item[0])[1] if full else None
+    @cached_property
+    def best(self) -> frozenset[tuple[int, int]]:
+        """All cells of full length that share the best value; empty if no cell has full length.
+
+        The order is that of `tfkd best`: a cell that meets the constraints, then one of further
+        seeds, comes before all others, whatever these show.
+        """
+        full = {place: cell for place, cell in self.cells.items() if cell.epoch is None}
+        if not full:
+            return frozenset()
+        first = max(full.values(), key=lambda cell: _order(cell, self.score))
+        return frozenset(
+            place
+            for place, cell in full.items()
+            if cell.rank == first.rank and math.isclose(cell.mean, first.mean, rel_tol=1e-9)
+        )
 
 
 # --- from a sweep and from a comparison ------------------------------------------------------------------------
@@ -109,29 +131,44 @@ def sweep_grids(sweep: Sweep) -> Iterator[HeatMap]:
         runs: dict[tuple[int, int], list[CellValue]] = {}
         for record in sweep.of(objective, sweep.records):
             place = tuple(_index(p, record.parameters.get(p.name)) for p in pair)
-            value = record.last.get(sweep.metric, math.nan)
-            epoch = None
-            if record.status != "done":
-                epoch, shown = sweep.shown(record)
-                value = shown / score_of(sweep.metric).factor
-            if None in place or record.status == "failed" or not math.isfinite(value):
+            if None in place or record.status == "failed":
                 continue
             names = [p.name for p in pair]
             rest = {k: v for k, v in record.parameters.items() if k not in names}
-            run = CellValue(record.name, record.number, _text(rest), value, epoch)
-            runs.setdefault(place, []).append(run)  # type: ignore[arg-type]
+            for value in _values_of(sweep, record, _text(rest)):
+                runs.setdefault(place, []).append(value)  # type: ignore[arg-type]
         labels = [[number_text(value) for value in _listed_values(p)] for p in pair]
         down, across = (short_name(p.name) for p in pair)
         metric = score_of(sweep.metric)
-        found = HeatMap(
+        grid = HeatMap(
             objective, metric.key, metric.title, (down, across), labels[0], labels[1], _cells(runs, metric)
         )  # fmt: skip
-        if found.cells:
-            yield found
+        if grid.cells:
+            yield grid
+
+
+def _values_of(sweep: Sweep, record: Record, settings: str) -> Iterator[CellValue]:
+    """Yield a trial's value, or of a finalist those of its further seeds: their mean is its value.
+
+    A trial without a value yields nothing.
+    """
+    epoch, again = None, sweep.metric in record.means
+    values = [(run.name, run.last.get(sweep.metric, math.nan)) for run in (record, *record.further)]
+    values = values[1:] if again else values[:1]
+    if record.status != "done":
+        epoch, shown = sweep.shown(record)
+        values = [(record.name, shown / score_of(sweep.metric).factor)]
+    rank = (is_feasible(sweep.limits, record.judged), again)
+    for name, value in values:
+        if math.isfinite(value):
+            yield CellValue(name, record.number, settings, value, epoch, rank)
 
 
 def arm_grids(judged: Tree) -> Iterator[HeatMap]:
-    """Yield a heat map of the arms of one objective and student that differ in T and alpha."""
+    """Yield a heat map of the arms of one objective and student that differ in T and alpha.
+
+    Arms are a grid if they have two values or more of each, and `FILLED` of the combinations.
+    """
     groups: dict[tuple[str, str], list[Tree]] = {}
     for arm in judged["arms"]:
         if all(name in arm["objective"] for name in PAIR):
@@ -153,6 +190,8 @@ def arm_grids(judged: Tree) -> Iterator[HeatMap]:
                     runs.setdefault(place, []).append(  # type: ignore[arg-type]
                         CellValue(name, None, arm["name"], run["accuracy"], None)
                     )
+        if len(runs) < FILLED * len(values[0]) * len(values[1]):
+            continue
         labels = [[number_text(value) for value in column] for column in values]
         title = f"{objective}, student {student}"
         yield HeatMap(
@@ -197,18 +236,25 @@ def _cells(
     runs: dict[tuple[int, int], list[CellValue]], metric: Score
 ) -> dict[tuple[int, int], Cell]:  # fmt: skip
     """Return the cells: of each combination the best other settings, of full length if any are."""
-    sign = 1 if metric.direction == "max" else -1
     found = {}
     for place in sorted(runs):
         groups: dict[str, list[CellValue]] = {}
         whole = [run for run in runs[place] if run.epoch is None]
         for run in whole or runs[place]:
             groups.setdefault(run.settings, []).append(run)
-        cells = [Cell(group, len(groups)) for group in groups.values()]
+        cells = []
+        for group in groups.values():
+            first = max(run.rank for run in group)
+            cells.append(Cell([run for run in group if run.rank == first], len(groups)))
         latest = max(cell.epoch or 0 for cell in cells)
         comparable = [cell for cell in cells if (cell.epoch or 0) == latest]
-        found[place] = max(comparable, key=lambda cell: sign * cell.mean)
+        found[place] = max(comparable, key=lambda cell: _order(cell, metric))
     return found
+
+
+def _order(cell: Cell, metric: Score) -> tuple[tuple[bool, bool], float]:
+    """Return a key by which better cells are larger."""
+    return cell.rank, sign(metric.key) * cell.mean
 
 
 # --- as a figure, as CSV, and as LaTeX -------------------------------------------------------------------------
@@ -223,9 +269,11 @@ def grid_figure(grids: Iterable[HeatMap], key: str = "grid") -> Figure:
         sentence += (
             f": its {' or '.join(dict.fromkeys(g.label for g in grids))}, {grids[0].score.unit}"
         )
-    if any(len(cell.runs) > 1 for cell in cells):
-        sentence += ", the mean over its seeds, and their standard deviation"
-    sentence += "."
+    if seeds := {len(cell.runs) for cell in cells if len(cell.runs) > 1}:
+        sentence += f", the mean ± standard deviation over its seeds (n = {_span_text(seeds)})"
+    sentence += "; the best is bold."
+    if seeds and any(len(cell.runs) == 1 for cell in cells):
+        sentence += " Cells without ± are single runs."
     if any(cell.tried > 1 for cell in cells):
         sentence += " Where other settings are searched, too, a cell has the best of them."
     if any(cell.epoch is not None for cell in cells):
@@ -242,6 +290,12 @@ def grid_figure(grids: Iterable[HeatMap], key: str = "grid") -> Figure:
         stem = re.sub(r"\W+", "-", grid.title).strip("-")
         files[f"{key}-{stem}.tex"] = as_latex(grid)
     return Figure(key, title, sentence, panels, files=files)
+
+
+def _span_text(numbers: Collection[int]) -> str:
+    """Return '2', or '2 to 5'."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _axis_name(name: str) -> str:
@@ -268,8 +322,9 @@ def _heat(grid: HeatMap) -> Heat:
     def about(cell: Cell, i: int, j: int) -> str:
         where = f"{grid.names[0]} {grid.down[i]}, {grid.names[1]} {grid.across[j]}"
         runs = ", ".join(run.name for run in cell.runs)
+        n = f" (n = {len(cell.runs)})" if len(cell.runs) > 1 else ""
         best = f"; the best of {cell.tried}" if cell.tried > 1 else ""
-        return f"{where}: {grid.score.show(cell.mean)}: {runs}{best}"
+        return f"{where}: {grid.score.show(cell.mean)}{n}: {runs}{best}"
 
     return Heat(
         grid.across,
@@ -281,6 +336,9 @@ def _heat(grid: HeatMap) -> Heat:
             lambda cell, i, j: [run.number for run in cell.runs if run.number is not None], []
         ),
         low_is_good=grid.score.direction == "min",
+        best=grid.best,
+        unit=f"{grid.label}, {grid.score.unit}",
+        factor=grid.score.factor,
     )  # fmt: skip
 
 
@@ -292,20 +350,32 @@ def as_csv(grids: Sequence[HeatMap]) -> str:
     writer.writerow(head.split(","))
     for grid in grids:
         for (i, j), cell in grid.cells.items():
-            places = [grid.names[0], grid.down[i], grid.names[1], grid.across[j]]
+            places = [
+                *(inert(grid.names[0]), _value_cell(grid.down[i])),
+                *(inert(grid.names[1]), _value_cell(grid.across[j])),
+            ]
             sd = "" if cell.sd is None else grid.score.number(cell.sd)
             found = [grid.score.number(cell.mean), sd, len(cell.runs), cell.tried, cell.epoch or ""]
             runs = "; ".join(run.name for run in cell.runs)
-            texts = [grid.title, *places, grid.label, grid.score.unit]
-            writer.writerow([*map(inert, texts), *found, inert(runs)])
+            metric = [grid.label, grid.score.unit]  # our own words: no formula can be among them
+            writer.writerow([inert(grid.title), *places, *metric, *found, inert(runs)])
     return out.getvalue()
 
 
+def _value_cell(text: str) -> str:
+    """Return a setting's value for a spreadsheet; a number, also a negative one, is no formula."""
+    return text if _NUMBER.fullmatch(text) else inert(text)
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
+
+
 def as_latex(grid: HeatMap) -> str:
-    """Return a grid as a LaTeX table, the best cell in bold; the package booktabs draws its rules."""
+    """Return a grid as a LaTeX table, the best in bold; the package booktabs draws its rules."""
     down, across = (SYMBOLS.get(name, _latex(name)) for name in grid.names)
     lines = [
         rf"% {grid.title}: {grid.label}, {grid.score.unit}; needs \usepackage{{booktabs}}",
+        *_latex_comments(grid),
         rf"\begin{{tabular}}{{l{'r' * len(grid.across)}}}",
         r"\toprule",
         rf" & \multicolumn{{{len(grid.across)}}}{{c}}{{{across}}} \\",
@@ -316,9 +386,20 @@ def as_latex(grid: HeatMap) -> str:
         cells = [_latex_cell(grid, i, j) for j in range(len(grid.across))]
         lines.append(f"{_latex(head)} & {' & '.join(cells)} \\\\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    if any(cell.epoch is not None for cell in grid.cells.values()):
-        lines.insert(1, "% in brackets: below full length, at the last rung")
     return "\n".join(lines) + "\n"
+
+
+def _latex_comments(grid: HeatMap) -> Iterator[str]:
+    """Yield what the numbers of a table are, for those who write its caption."""
+    cells = grid.cells.values()
+    if seeds := {len(cell.runs) for cell in cells if len(cell.runs) > 1}:
+        yield f"% mean and standard deviation over seeds, n = {_span_text(seeds)}"
+        if any(len(cell.runs) == 1 for cell in cells):
+            yield "% without a standard deviation: a single run"
+    if any(cell.epoch is not None for cell in cells):
+        yield "% in brackets: below full length, at the last rung"
+    if len(cells) < len(grid.down) * len(grid.across):
+        yield "% --: no value"
 
 
 def _latex_cell(grid: HeatMap, i: int, j: int) -> str:
@@ -330,8 +411,8 @@ def _latex_cell(grid: HeatMap, i: int, j: int) -> str:
         return f"({text})"
     if cell.sd is not None:
         text += rf" \pm {grid.score.number(cell.sd)}"
-        return rf"$\mathbf{{{text}}}$" if grid.best == (i, j) else f"${text}$"
-    return rf"\textbf{{{text}}}" if grid.best == (i, j) else text
+        return rf"$\mathbf{{{text}}}$" if (i, j) in grid.best else f"${text}$"
+    return rf"\textbf{{{text}}}" if (i, j) in grid.best else text
 
 
 _SPECIAL = {

@@ -1,4 +1,4 @@
-"""The page of a report: figures as data, drawn by plotly in HTML and by matplotlib as SVG.
+"""The page of a report: figures as data, drawn by plotly in HTML and by matplotlib as SVG and PDF.
 
 A series names the trials of its points, so that the page's script (`page_script`) can show their
 settings and mark a trial in all views. Colours are those of a light page; the script has those of a dark one.
@@ -9,7 +9,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ class Heat:
     trials: Sequence[Sequence[Sequence[int]]]
     """Numbers of each cell's trials."""
     low_is_good: bool = False
+    best: Collection[tuple[int, int]] = ()
+    """Rows and columns of the cells that are best, whose text is bold."""
+    unit: str = ""
+    """Label of the scale of colours."""
+    factor: float = 1.0
+    """Factor from `values` to numbers in the unit."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Figure:
     """A title, a sentence and panels side by side; without panels the sentence says why."""
 
     key: str
-    """Stem of its SVG file."""
+    """Stem of its files."""
     title: str
     sentence: str
     panels: Sequence[Panel] = ()
@@ -258,17 +264,23 @@ def _heat_cell(heat: Heat, i: int, j: int) -> str:
     fill, ink = heat_colours(heat, value)
     first, *more = map(escaped, heat.texts[i][j].split("\n"))
     small = f"<br><small>{more[0]}</small>" if more else ""
-    trials = " ".join(map(str, heat.trials[i][j]))
+    first = f"<strong>{first}</strong>" if (i, j) in heat.best else first
+    trials = " ".join(map(str, dict.fromkeys(heat.trials[i][j])))
     return (
         f'<td style="background:{fill};color:{ink}" data-trials="{trials}" '
         f'title="{escaped(heat.about[i][j])}">{first}{small}</td>'
     )
 
 
+def _heat_span(heat: Heat) -> tuple[float, float]:
+    """Return the lowest and the highest value of a table."""
+    found = [v for row in heat.values for v in row if v is not None]
+    return min(found), max(found)
+
+
 def heat_colours(heat: Heat, value: float) -> tuple[str, str]:
     """Return the colours of a cell and of its text."""
-    found = [v for row in heat.values for v in row if v is not None]
-    low, high = min(found), max(found)
+    low, high = _heat_span(heat)
     place = (value - low) / (high - low) if high > low else 0.5
     if heat.low_is_good:
         place = 1 - place
@@ -421,8 +433,11 @@ def _plotly_axis(axis: Axis) -> Tree:
 # --- matplotlib ------------------------------------------------------------------------------------------------
 
 
-def draw_svg(figure: Figure, folder: Path) -> Path:
-    """Write the figure as an SVG file, its panels in rows of two or three."""
+def draw_files(figure: Figure, folder: Path) -> Iterator[Path]:
+    """Write the figure as SVG and as PDF, its panels in rows of two or three; yield the files.
+
+    They have no title of the whole figure, which is for the caption.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
@@ -430,22 +445,24 @@ def draw_svg(figure: Figure, folder: Path) -> Path:
     rows = math.ceil(len(figure.panels) / columns)
     height = max(panel.height for panel in figure.panels) / 90
     with rc_context(
-        {"svg.hashsalt": "tfkd", "font.size": 8, "svg.fonttype": "none", "axes.spines.top": False}
-    ):
+        {"svg.hashsalt": "tfkd", "font.size": 8, "svg.fonttype": "none", "pdf.fonttype": 42,
+         "axes.spines.top": False, "axes.spines.right": False}
+    ):  # fmt: skip
         canvas = Canvas(figsize=(4.2 * columns, height * rows + 0.6), layout="constrained")
-        canvas.suptitle(figure.title, parse_math=False)
         for number, panel in enumerate(figure.panels):
             _draw_panel(canvas.add_subplot(rows, columns, number + 1), canvas, panel)
-        path = folder / f"{figure.key}.svg"
-        with whole_file(path) as part:
-            canvas.savefig(part, format="svg", metadata={"Date": None})
-    return path
+        for kind, date in (("svg", "Date"), ("pdf", "CreationDate")):
+            path = folder / f"{figure.key}.{kind}"
+            with whole_file(path) as part:
+                canvas.savefig(part, format=kind, metadata={date: None})
+            canvas.set_layout_engine("none")  # it is laid out once
+            yield path
 
 
 def _draw_panel(axes: Any, canvas: Any, panel: Panel) -> None:
     axes.set_title(panel.title, parse_math=False)
     if panel.heat is not None:
-        _draw_heat(axes, panel, panel.heat)
+        _draw_heat(axes, canvas, panel, panel.heat)
         return
     if panel.x.log:
         axes.set_xscale("log")
@@ -491,17 +508,26 @@ def _draw_series(axes: Any, s: Series) -> None:
         )
 
 
-def _draw_heat(axes: Any, panel: Panel, heat: Heat) -> None:
-    """Draw the cells, the first row on top, each with its text."""
+def _draw_heat(axes: Any, canvas: Any, panel: Panel, heat: Heat) -> None:
+    """Draw the cells, the first row on top, each with its text, and the scale of their colours."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.patches import Rectangle
 
+    colours = VIRIDIS[::-1] if heat.low_is_good else VIRIDIS
+    scale = LinearSegmentedColormap.from_list("values", colours)
+    low, high = (heat.factor * end for end in _heat_span(heat))
+    if high > low:
+        canvas.colorbar(ScalarMappable(Normalize(low, high), scale), ax=axes, label=heat.unit)
+    axes.spines[:].set_visible(False)
     for i, row in enumerate(heat.values):
         for j, value in enumerate(row):
             if value is None:
                 continue
             fill, ink = heat_colours(heat, value)
             axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color=fill, linewidth=0))
-            how = {"color": ink, "ha": "center", "va": "center", "fontsize": 7}
+            weight = "bold" if (i, j) in heat.best else "normal"
+            how = {"color": ink, "ha": "center", "va": "center", "fontsize": 7, "weight": weight}
             axes.text(j, i, heat.texts[i][j], parse_math=False, **how)
     axes.set_xlim(-0.5, len(heat.across) - 0.5)
     axes.set_ylim(len(heat.down) - 0.5, -0.5)

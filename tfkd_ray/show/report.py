@@ -1,7 +1,7 @@
-"""The report on an experiment: one HTML file for screens, phones and paper; `--figures` writes SVG.
+"""The report on an experiment: one HTML file for screens, phones and paper.
 
 A report is a list of `Section`s, each of HTML and `Figure`s. A figure is data alone; plotly.js
-(from the plotly package, once, in the page) and matplotlib both draw it. To add a figure,
+(from the plotly package, once, in the page) and matplotlib (`--figures`: SVG, PDF) both draw it. To add a figure,
 write a function that returns one, and add it to `_figures`. A Content-Security-Policy forbids
 the page all network access and foreign scripts; everything read from files is escaped.
 """
@@ -51,7 +51,7 @@ from tfkd_ray.show.page import (
     Section,
     Series,
     box_html,
-    draw_svg,
+    draw_files,
     escaped,
     page_html,
     table_html,
@@ -102,8 +102,8 @@ def report(
     Args:
         experiment: its directory.
         out: the HTML file.
-        figures: a directory for the same figures as SVG, and for heat maps also as CSV and LaTeX
-            (`grid.csv`, `grid-OBJECTIVE.tex`); needs matplotlib.
+        figures: a directory for the same figures as SVG and PDF, and for heat maps also as CSV
+            and LaTeX (`grid.csv`, `grid-OBJECTIVE.tex`); needs matplotlib.
         comparisons: directories of comparisons that confirm the sweep; their verdicts come first.
         others: directories of other sweeps, which the page shows side by side with it.
     """
@@ -111,7 +111,7 @@ def report(
     check_output(out, "-o report.html")
     if figures is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
-            "--figures: SVG files are drawn by matplotlib, which is not installed: pip install matplotlib"
+            "--figures: SVG and PDF files are drawn by matplotlib, which is not installed: pip install matplotlib"
         )
     places = [] if kind_of(out) or output_descriptor(out) is not None else [(out.parent, "-o FILE")]
     for folder, option in (*places, *([(figures, "--figures DIR")] if figures else [])):
@@ -188,8 +188,8 @@ def _table_of(rows: Rows) -> str:
 
 
 def _write_figure(figure: Figure, folder: Path) -> Iterator[Path]:
-    """Write a figure as SVG, and its numbers as they are asked for; yield the files."""
-    yield draw_svg(figure, folder)
+    """Write a figure as SVG and PDF, and the numbers of a heat map; yield the files."""
+    yield from draw_files(figure, folder)
     for name, text in figure.files.items():
         write_text(folder / name, text)
         yield folder / name
