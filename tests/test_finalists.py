@@ -39,6 +39,7 @@ from tfkd_ray.store.experiment import (
     Record,
     best,
     gone_trials,
+    pareto,
     ranked_trials,
     read_record,
     read_records,
@@ -532,6 +533,8 @@ def test_best_trials_and_the_report_show_the_mean_with_its_error(
     page = report(experiment, experiment / "r.html")[0].read_text()
     assert "Best: t0002-ce" in page and "93.00 ± 0.58" in page
     assert "With ±, it is the mean of further seeds" in page
+    (first,) = pareto(sweep.full, ["val_accuracy", "val_ece"])
+    assert first.name == "t0003-tfkd_reg", "0.94; the mean of t0001 is 0.91, and 0.95 one run's"
     assert main(["logs", str(experiment), "t0002-ce-seed2"]) == 0
     assert "0.93" in capsys.readouterr().out
 
@@ -570,7 +573,12 @@ def test_the_live_view_ranks_by_the_means_and_counts_further_seeds_apart(
 def test_the_receipt_and_budgets_count_further_seeds(experiment: Path) -> None:
     at = build_space(read_plan(experiment).about["space"])
     rows = dict(receipt_rows(receipt(at, read_records(experiment))))
-    assert rows["used"].startswith("36 epochs") and rows["used for further seeds"].startswith("54 ")
+    assert rows["used"].startswith("36 epochs")
+    assert rows["used for further seeds"] == "54 epochs, 0.03 CPU-hours"
+    page = report(experiment, experiment / "r.html")[0].read_text()
+    assert (
+        "54 epochs, 0.03 CPU-hours" in page and "3:00 (h:mm:ss or m:ss), all runs together" in page
+    )
     spent = spent_so_far(experiment, workers={"gpus": 0, "cpus": 1})
     assert spent["cpu_hours"] == pytest.approx(10 * EPOCHS * 2 / 3600)
     run = read_record(experiment / "trials" / "t0001-tfkd_reg-seed3")

@@ -523,7 +523,8 @@ def test_wrong_input_is_refused_before_anything_is_written(
         report(sweep.parent / "gone", tmp_path / "r.html")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"--figures: SVG and PDF files are drawn by matplotlib, which is not installed"
+        ConfigError,
+        match=r"--figures: SVG and PDF files are drawn by matplotlib, which is not installed",
     ):
         report(sweep, tmp_path / "r.html", figures=tmp_path / "figures")
     assert not list(tmp_path.iterdir())

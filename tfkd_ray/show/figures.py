@@ -45,7 +45,7 @@ class Sweep:
     plan: ExperimentPlan
     space: Space
     records: Sequence[Record]
-    """The trials that are shown, with all their epochs."""
+    """The trials that are shown, with all their epochs and those of their further seeds."""
     everything: Sequence[Record] = ()
     """All trials if only a sample is shown, with one line of metrics (see `store.ended`)."""
 
@@ -165,7 +165,8 @@ def read_sweep(experiment: Path, plan: ExperimentPlan) -> Sweep:
         return Sweep(plan, space, list(map(in_full, shown)), everything)
     records = []
     for record in read_lasts(experiment):
-        records.append(replace(record, metrics=read_metrics(record.folder)))
+        further = tuple(replace(run, metrics=read_metrics(run.folder)) for run in record.further)
+        records.append(replace(record, metrics=read_metrics(record.folder), further=further))
     return Sweep(plan, space, records)
 
 
@@ -502,8 +503,8 @@ def pareto_section(sweep: Sweep) -> Figure:
     front = pareto(sweep.full, searched, sweep.limits) if len(searched) > 1 else []
     panels = []
     for other in others:
-        lasts = (record.last for record in sweep.full)
-        if any(_has_numbers(last, (first, other)) for last in lasts):
+        values = (record.judged for record in sweep.full)
+        if any(_has_numbers(found, (first, other)) for found in values):
             panels.append(_front_panel(sweep, first, other))
     names = [score_of(m).title for m in (first, *others)]
     many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front], 10)}."
@@ -522,10 +523,10 @@ def _has_numbers(last: Mapping[str, Any], metrics: Sequence[str]) -> bool:
 
 def _front_panel(sweep: Sweep, first: str, other: str) -> Panel:
     """Return the trials by two metrics, with the line of those that none beats in both."""
-    some = [record for record in sweep.full if _has_numbers(record.last, (first, other))]
+    some = [record for record in sweep.full if _has_numbers(record.judged, (first, other))]
 
     def points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-        x, y = ([sweep.value(r.last, metric) for r in records] for metric in (other, first))
+        x, y = ([sweep.value(r.judged, metric) for r in records] for metric in (other, first))
         return x, y
 
     series = [Series("lines", *points(pareto(some, (first, other))), "front", DARK, width=1.2)]

@@ -483,14 +483,15 @@ def _equivalence(record: Record) -> str:
 
 
 def _receipt(sweep: Sweep) -> str:
-    seconds = sum(m.get("seconds", 0.0) for r in sweep.all for m in r.metrics)
+    runs = [run for record in sweep.all for run in record.runs]
+    seconds = sum(m.get("seconds", 0.0) for run in runs for m in run.metrics)
     count = Counter(r.status for r in sweep.all)
     trials = f"{_planned(sweep.plan)}, {len(sweep.all):,} begun, {count['stopped']:,} stopped early"
     rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.all)))]
     by_hand = [r.name for r in sweep.all if r.status == "stopped" and r.reason]
     if by_hand:
         rows.append(["stopped for another reason", some_of(by_hand, 10)])
-    time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
+    time = f"{duration(seconds)} (h:mm:ss or m:ss), all {'runs' if len(runs) > len(sweep.all) else 'trials'} together"
     return table_html(["", ""], [*rows, ["time inside the training loop", time]])
 
 

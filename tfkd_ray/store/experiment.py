@@ -772,11 +772,11 @@ def pareto(records: Iterable[_J], metrics: Sequence[str], limits: Limits = NO_LI
     """
 
     def values(record: _J) -> tuple[float, ...]:
-        return tuple(scores.sign(m) * record.last.get(m, math.nan) for m in metrics)
+        return tuple(scores.sign(m) * record.judged.get(m, math.nan) for m in metrics)
 
     full = [(values(r), r) for r in records if r.status == "done"]
     full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]
-    full = [(v, r) for v, r in full if is_feasible(limits, r.last)] or full
+    full = [(v, r) for v, r in full if is_feasible(limits, r.judged)] or full
     front = [
         (v, r)
         for v, r in full
