@@ -317,7 +317,9 @@ def test_baselines_of_a_grid_are_tuned_by_a_sampler_and_one_without_ranges_is_an
     assert [arm.name for arm in compared.arms] == ["t0000-kd", "ce"]
     assert compared.named("ce").config.objective.name == "ce"
     assert compared.title == "g: the best 1 against baselines"
-    assert compared.note.startswith("This space fixes every setting of ce, so nothing of it was tuned")
+    assert compared.note.startswith(
+        "This space fixes every setting of ce, so nothing of it was tuned"
+    )
 
 
 def trials(objective: str, values: list[float], status: str = "done") -> list[Record]:

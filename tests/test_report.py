@@ -575,6 +575,19 @@ def test_a_comparison_that_is_not_judged_says_so(comparison: Path, tmp_path: Pat
         report(tmp_path / "c", tmp_path / "r.html")
 
 
+def test_no_curve_leaves_its_plot_at_the_top(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "e", 12)
+    folder = min((tmp_path / "e/trials").iterdir())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[1]["val_accuracy"] = 0.999  # a peak that its end has not
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = figures.curves(figures.read_sweep(tmp_path / "e", read_plan(tmp_path / "e")))
+    drawn = [y for p in found.panels for s in p.series for y in s.y if y is not None]
+    assert max(drawn) == pytest.approx(99.9)
+    assert all(p.y.span is not None and p.y.span[1] > 99.9 for p in found.panels)
+    assert "The axis begins where trials differ" in found.sentence
+
+
 # --- figures and the browser
 
 

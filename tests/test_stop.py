@@ -261,7 +261,10 @@ def test_a_sweep_that_runs_is_not_confirmed(
 ) -> None:
     assert main(["confirm", "e"]) == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "is still running, 5 of 6 trials have ended; wait for its end (tfkd status e --follow)" in err
+    assert (
+        "is still running, 5 of 6 trials have ended; wait for its end (tfkd status e --follow)"
+        in err
+    )
     assert [p.name for p in sweep.parent.iterdir()] == ["e"]
 
 

@@ -483,6 +483,8 @@ def curves(sweep: Sweep) -> Figure:
     sentence = f"Each line is a trial: its {name} after every epoch."
     if rungs:
         sentence += " Dashed lines are the rungs: only the best trials of an objective continue."
+    if any(panel.y.span is not None for panel in panels):
+        sentence += " The axis begins where trials differ; early epochs may lie below it."
     if cut:
         sentence += f" Of {len(sweep.records):,} trials {MAX_CURVES} or fewer are drawn: the best, and the rest evenly."
     return Figure("curves", f"{name[0].upper()}{name[1:]} over epochs", sentence, panels, wide=True)
@@ -494,7 +496,9 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
     if not early or sweep.plan.mode == "min":
         return None
     ends = sorted(v for r in sweep.records if r.metrics and math.isfinite(v := sweep.value(r.last)))
-    return with_margin([min(early[len(early) // 10], ends[len(ends) // 4]), ends[-1]])
+    every = (sweep.value(metrics) for r in sweep.records for metrics in r.metrics)
+    highest = max(v for v in every if math.isfinite(v))
+    return with_margin([min(early[len(early) // 10], ends[len(ends) // 4]), highest])
 
 
 def pareto_section(sweep: Sweep) -> Figure:
