@@ -364,10 +364,10 @@ def as_csv(grids: Sequence[HeatMap]) -> str:
 
 def _value_cell(text: str) -> str:
     """Return a setting's value for a spreadsheet; a number, also a negative one, is no formula."""
-    return text if _NUMBER.fullmatch(text) else inert(text)
+    return text if _PLAIN_NUMBER.fullmatch(text) else inert(text)
 
 
-_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
+_PLAIN_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 def as_latex(grid: HeatMap) -> str:
