@@ -135,7 +135,7 @@ def sweep_grids(sweep: Sweep) -> Iterator[HeatMap]:
                 continue
             names = [p.name for p in pair]
             rest = {k: v for k, v in record.parameters.items() if k not in names}
-            for value in _values_of(sweep, record, _text(rest)):
+            for value in _cell_values(sweep, record, _text(rest)):
                 runs.setdefault(place, []).append(value)  # type: ignore[arg-type]
         labels = [[number_text(value) for value in _listed_values(p)] for p in pair]
         down, across = (short_name(p.name) for p in pair)
@@ -147,7 +147,7 @@ def sweep_grids(sweep: Sweep) -> Iterator[HeatMap]:
             yield grid
 
 
-def _values_of(sweep: Sweep, record: Record, settings: str) -> Iterator[CellValue]:
+def _cell_values(sweep: Sweep, record: Record, settings: str) -> Iterator[CellValue]:
     """Yield a trial's value, or of a finalist those of its further seeds: their mean is its value.
 
     A trial without a value yields nothing.
