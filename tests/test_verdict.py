@@ -233,6 +233,30 @@ def test_a_baseline_that_is_significantly_better_does_not_make_a_better() -> Non
     )
 
 
+def test_a_sentence_says_why_its_p_is_not_that_of_the_table() -> None:
+    below = arm("kd", 0.751, 0.753, 0.742, 0.755, 0.750)
+    v = judge([below], [CE])
+    c = v.candidates[0]
+    assert c.verdict == "cannot tell" and c.p == 1.0 and 0.5 < c.comparisons[0].p < 0.995
+    both = f"; two-sided p {c.comparisons[0].p:.2f}, which counts as 1 because the lead is not positive)"
+    assert both in c.sentence
+
+
+def test_leads_of_baselines_over_plain_training_are_described_outside_the_family() -> None:
+    v, without = judge([UNSURE], [LSR, CE], plain="ce"), judge([UNSURE], [LSR, CE])
+    (row,), expected = v.baseline_leads, paired(LSR, CE)
+    assert (row.name, row.over) == ("lsr", "ce")
+    assert (row.lead, row.low, row.high) == (expected.lead, expected.low, expected.high)
+    assert v.candidates == without.candidates and without.baseline_leads == ()
+    text = " ".join(" ".join(verdict_table(v)).split())
+    assert "lead over ce" in text and "of lsr 0.24 0.17 to 0.31 -" in text
+    assert "described, not tested, so no verdict is about them" in text
+    apart = arm("ce", 0.75, 0.76, seeds=(0, 9))
+    assert not judge([UNSURE], [LSR], plain="ce").baseline_leads
+    with pytest.raises(ConfigError, match="n = 1 in common"):
+        judge([UNSURE], [LSR, apart], plain="ce")
+
+
 def test_holm_counts_the_candidates() -> None:
     rng = np.random.default_rng(0)
     base = arm("ce", *np.zeros(5))
@@ -425,6 +449,7 @@ def test_the_table_fits_80_columns_and_holds_the_numbers(metric: JudgedMetric) -
         [CE, LSR, arm("lsr scaled", *(LSR.values - 1e-3))],
         metric,
         searched=64,
+        plain="ce",
     )
     lines = verdict_table(v)
     assert max(map(len, lines)) <= 80

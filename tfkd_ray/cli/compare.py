@@ -239,6 +239,7 @@ def compare_arms(comparison: "Experiment", address: str | None, end: OnEnd) -> i
         return told_of_interrupt(directory)
     print(*outcome_table(result), sep="\n")
     print(f"\nwritten to {short_path(directory)}/confirm.json")
+    print(f"next:\n  tfkd report {shell_word(directory)}")
     if compared.strict and not all(found["verdict"] == "better" for found in result["verdicts"]):
         return NOT_BETTER
     return (

@@ -53,6 +53,7 @@ from tfkd_ray.store.experiment import (
     Record,
     append_line,
     damaged,
+    name_of_test,
     parse_json,
     read_records,
     read_text,
@@ -633,6 +634,7 @@ def _verdicts(
         if not candidates or not baselines:
             continue
         names = ", ".join(dict.fromkeys(arm.config.student.name for arm in mine))
+        plain = [arm.name for arm in mine if arm.part == "baseline" and _is_plain_training(arm)]
         metric = verdict.metric_of(arms.metric)
         reasons = [
             f"baseline {b.name} has {len(b.seeds)} of its runs"
@@ -653,12 +655,18 @@ def _verdicts(
                     lost=lost,
                     plan=plan,
                     seeds=seeds,
+                    plain=plain[0] if plain else None,
                 )
                 yield names, judged
                 continue
             except ConfigError as error:  # no common seeds
                 reasons = error.problems
         yield names, verdict.undecided(reasons, metric, searched=arms.searched)
+
+
+def _is_plain_training(arm: Arm) -> bool:
+    """Return whether an arm is plain training: cross-entropy that is not scaled."""
+    return arm.config.objective.name == "ce" and arm.config.objective.loss_scale == 1
 
 
 def _notes_of(directory: Path, compared: Comparison) -> Sentences:
@@ -717,7 +725,7 @@ def _other_metrics(result: Tree) -> Sentences:
 
 def outcome_table(result: Tree) -> list[str]:
     """Return the outcome as lines of at most 80 columns; accuracies are in per cent."""
-    where = f"test split of {result['test']}; trained on {result['trained_on']}"
+    where = f"test split of {name_of_test(result['test'])}; trained on {result['trained_on']}"
     lines = [*wrapped(result["title"]), *wrapped(where)]
     if result["preset"]:
         lines.append(
@@ -725,7 +733,7 @@ def outcome_table(result: Tree) -> list[str]:
         )
     printed = any(arm["published"] is not None for arm in result["arms"])
     lines += wrapped(result["note"]) if result["note"] else []
-    head = "arm\ttest acc. %\tn\t95 % over seeds" + "\tpublished\tdiff" * printed
+    head = "arm\ttest acc. % ± sd\tn\t95 % over seeds" + "\tpublished\tdiff" * printed
     rows = [_arm_row(arm, printed) for arm in result["arms"]]
     lines += ["", *in_columns([head, *rows], 80)]
     told = {arm["name"]: objective_text(arm["objective"]) for arm in result["arms"]}

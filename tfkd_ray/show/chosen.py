@@ -19,6 +19,7 @@ from tfkd_ray.store.experiment import (
     Record,
     best,
     damaged,
+    name_of_test,
     read_experiment,
     read_judged,
     read_metrics,
@@ -344,7 +345,8 @@ def _recipe_print(config: TrainConfig) -> str:
 def _verdict_text(result: Tree, directory: Path, arm: str) -> list[str]:
     """Return the verdict on an arm: a sentence, its comparisons with intervals, notes."""
     opened = result["opened"][0]["when"][:10] if result["opened"] else "an unknown day"
-    where = f"Comparison `{directory.name}`, test split of {result['test']}, trained on {result['trained_on']}"
+    split = f"test split of {name_of_test(result['test'])}, trained on {result['trained_on']}"
+    where = f"Comparison `{directory.name}`, {split}"
     lines = [f"{where}; first opened on {opened}."]
     if result["preset"]:
         lines.append(

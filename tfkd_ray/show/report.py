@@ -75,6 +75,7 @@ from tfkd_ray.store.experiment import (
     check_output,
     damaged,
     furthest,
+    name_of_test,
     output_descriptor,
     read_judged,
     write_output,
@@ -587,7 +588,7 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
             )
         ]
     boxes: list[str | Figure] = []
-    where = f"test split of {judged['test']}, trained on {judged['trained_on']}"
+    where = f"test split of {name_of_test(judged['test'])}, trained on {judged['trained_on']}"
     if judged["preset"]:
         where += f"; preset {judged['preset']}: scaled down to see it run, comparable with nothing published"
     for found in judged["verdicts"]:
@@ -726,11 +727,17 @@ def _arm_figures(judged: Tree) -> Iterator[Figure]:
         yield Figure("arms", "Test accuracy of the arms", sentence, panels)
 
 
+def _described_leads(found: Tree) -> list[tuple[str, Tree]]:
+    """Return the baselines with their leads over plain training; none of an earlier release."""
+    return [(p["name"], p) for p in found.get("baseline_leads", ())]
+
+
 def _lead_figures(judged: Tree) -> Iterator[Figure]:
     panels = []
     for found in judged["verdicts"]:
         scale = 100.0 if found["metric"]["percent"] else 1.0
-        pairs = [(c["name"], p) for c in found["candidates"] for p in c["comparisons"]][::-1]
+        pairs = [(c["name"], p) for c in found["candidates"] for p in c["comparisons"]]
+        pairs = [*pairs, *_described_leads(found)][::-1]
         bars = _bars_of([(p["low"], p["high"]) for _, p in pairs], scale)
         leads = [scale * p["lead"] for _, p in pairs]
         all_x = [0.0, *(x for x in bars.x if x is not None), *leads]
@@ -755,7 +762,8 @@ def _lead_figures(judged: Tree) -> Iterator[Figure]:
     if panels:
         sentence = (
             "How much better a candidate is than a baseline, seed by seed, with the 95 % interval of the mean; right "
-            "of 0 it is ahead, and the second line is the smallest lead worth having."
+            "of 0 it is ahead, and the second line is the smallest lead worth having. Leads of baselines over plain "
+            "training are described and not tested."
         )
         yield Figure("leads", "Leads over the baselines", sentence, panels)
 
@@ -776,6 +784,11 @@ def _leads_table(judged: Tree) -> str:
                 rows.append([candidate["name"], p["over"], str(len(p["seeds"])), f"{scale * p['lead']:.2f}",
                              _interval_text(scaled(p["low"]), scaled(p["high"])), images, value, seen,
                              str(p["needed"] or "-"), candidate["verdict"]])  # fmt: skip
-    head = ["candidate", "over", "seeds", "lead, points", "95 % over seeds", "95 % over images", "p",
-            "smallest lead seen with probability 0.8", "seeds needed", "verdict on the candidate"]  # fmt: skip
+        for name, p in _described_leads(found):
+            images = _interval_text(*map(scaled, p["images"])) if p["images"] else "-"
+            rows.append([name, p["over"], str(len(p["seeds"])), f"{scale * p['lead']:.2f}",
+                         _interval_text(scaled(p["low"]), scaled(p["high"])), images,
+                         "-", "-", "-", "a baseline: described, not tested"])  # fmt: skip
+    head = ["arm", "over", "seeds", "lead, points", "95 % over seeds", "95 % over images", "p",
+            "smallest lead seen with probability 0.8", "seeds needed", "verdict on it"]  # fmt: skip
     return table_html(head, rows)

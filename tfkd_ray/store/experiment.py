@@ -482,6 +482,11 @@ def read_judged(directory: Path) -> Tree | None:
     return judged
 
 
+def name_of_test(test: str) -> str:
+    """Return the name of the data set of a test split, by its id as in confirm.json."""
+    return str(parse_json(test)["name"]) if test.startswith("{") else test
+
+
 def read_spent(experiment: Path) -> Numbers:
     """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it."""
     path = experiment / "spent.json"

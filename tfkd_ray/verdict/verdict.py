@@ -17,7 +17,7 @@ Shapes: n = seeds, N = test images.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -329,6 +329,27 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class BaselineLead:
+    """The lead of a baseline over plain training, described and not tested.
+
+    It is outside the family of tests: it has no p and no verdict, and Holm does not count it.
+    """
+
+    name: str
+    over: str
+    seeds: tuple[int, ...]
+    lead: float
+    """Mean lead in the metric's unit; positive is better."""
+    sd: float
+    """Standard deviation of the differences, ddof 1."""
+    low: float
+    high: float
+    """Interval over seeds, as of `Paired`."""
+    images: tuple[float, float] | None
+    """Interval over test images, as of `Paired`."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """All decisions, and the data behind them."""
 
@@ -343,6 +364,8 @@ class Verdict:
     """Candidates, then baselines."""
     notes: tuple[str, ...]
     """Caveats that a reader must see beside the sentences."""
+    baseline_leads: tuple[BaselineLead, ...] = ()
+    """Leads of the other baselines over plain training, if that is one of them."""
 
     def to_json(self) -> Tree:
         """Return everything as JSON types; absent bounds and numbers are None."""
@@ -360,6 +383,7 @@ def judge(
     lost: int = 0,
     plan: SeedPlan | None = None,
     seeds: Sequence[int] = (),
+    plain: str | None = None,
 ) -> Verdict:
     """Judge which candidates are better than every baseline; raise a ConfigError if it cannot.
 
@@ -368,6 +392,7 @@ def judge(
         lost: candidates of the same comparison with too few runs to be judged; Holm counts them.
         plan: of a sequential comparison. None: the number of seeds was fixed.
         seeds: of all looks of a sequential comparison so far, in order; some runs may have failed.
+        plain: name of the baseline that is plain training, over which the others are described.
     """
     if problems := _problems(candidates, baselines, metric):
         raise ConfigError(problems)
@@ -415,7 +440,20 @@ def judge(
         candidates=tuple(judged),
         arms=tuple(summary(arm) for arm in (*candidates, *baselines)),
         notes=tuple(_verdict_notes(judged, [*candidates, *baselines], metric)),
+        baseline_leads=tuple(_baseline_leads(baselines, plain, metric, level)),
     )
+
+
+def _baseline_leads(
+    baselines: Sequence[JudgedArm], plain: str | None, metric: JudgedMetric, level: float
+) -> Iterator[BaselineLead]:
+    """Yield the leads over plain training of the baselines that have two seeds in common with it."""
+    training = [arm for arm in baselines if arm.name == plain]
+    for over in training:
+        for arm in baselines:
+            if arm.name != plain and len({*arm.seeds} & {*over.seeds}) > 1:
+                c = paired(arm, over, metric, level=level)
+                yield BaselineLead(arm.name, c.over, c.seeds, c.lead, c.sd, c.low, c.high, c.images)
 
 
 def _decision(rows: Sequence[Sequence[Paired]], metric: JudgedMetric, lost: int) -> Decision:
@@ -508,11 +546,18 @@ def _p(p: float) -> str:
     return f"p {p:.2f}"
 
 
+def _p_of_verdict(c: Paired, p: float, over_what: str = "") -> str:
+    """Return the p of a verdict, and where it comes from if no lead is there to be tested."""
+    if c.lead <= 0 and p >= 1:
+        return f"two-sided {_p(c.p)}, which counts as 1 because the lead is not positive"
+    return _p(p) + over_what
+
+
 def _verdict_sentence(
     name: str, word: Word, c: Paired, p_holm: float, k: int, metric: JudgedMetric
 ) -> str:
     n, unit = len(c.seeds), metric.unit
-    corrected = f"{_p(p_holm)} after Holm over {k} candidates" if k > 1 else _p(p_holm)
+    corrected = _p_of_verdict(c, p_holm, f" after Holm over {k} candidates" if k > 1 else "")
     lead, interval = metric.show(c.lead) + unit, f"95 % {metric.interval(c.low, c.high)}"
     if word == "better":
         spread = "the same in every seed" if c.constant else interval
@@ -593,7 +638,7 @@ def _sequential_sentence(
         )
     return (
         f"cannot tell with {plan.limit} seeds whether {name} is better than {c.over}: its lead is {lead} "
-        f"({spread}; {_p(p_holm)} over all looks and candidates; n = {n})"
+        f"({spread}; {_p_of_verdict(c, p_holm, ' over all looks and candidates')}; n = {n})"
     )
 
 
@@ -687,6 +732,7 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
         lines += ["", head]
         for row, detail in zip(rows, details, strict=True):
             lines += [row, detail]
+    lines += _described_lines(verdict)
     lines.append("")
     if verdict.searched is not None:
         lines.append(
@@ -695,3 +741,20 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
     for text in (*(j.sentence for j in verdict.candidates), *(f"note: {n}" for n in verdict.notes)):
         lines += wrapped(f"{text}.")
     return [*lines, "", *wrapped(f"verdict: {verdict.sentence}.")]
+
+
+def _described_lines(verdict: Verdict) -> list[str]:
+    """Return the table of the baselines' leads over plain training; no line if there is none."""
+    if not verdict.baseline_leads:
+        return []
+    metric, over = verdict.metric, verdict.baseline_leads[0].over
+    table = [f"lead over {over}\tlead\t95 % over seeds\tover images"]
+    for c in verdict.baseline_leads:
+        images = "-" if c.images is None else metric.interval(*c.images)
+        seeds = metric.interval(c.low, c.high)
+        table.append(f"  of {c.name}\t{metric.show(c.lead)}\t{seeds}\t{images}")
+    return ["", *in_columns(table, 80), *wrapped(f"  {DESCRIBED}.", first="  ")]
+
+
+DESCRIBED = "baselines over plain training: described, not tested, so no verdict is about them"
+"""What is said of `Verdict.baseline_leads` wherever they are shown."""
