@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from tfkd_ray.learn import images as images_module
 from tfkd_ray.learn import reader, shrunk
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder
-from tfkd_ray.learn.images import FolderSet
+from tfkd_ray.learn.images import Files, FolderSet, crop_box, decode_into
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 
@@ -82,6 +83,29 @@ def test_validation_from_raw_pixels_is_that_from_the_files_and_crops_are_alike(r
     assert not raw.equal(plain) and (raw.float() - plain.float()).abs().mean() < 12
     jpeg = read(root, crops=False, cache=256)
     assert (jpeg.float() - read(root, crops=False).float()).abs().mean() < 4
+
+
+def test_crops_of_raw_pixels_are_those_of_the_whole_image(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Files("x", root, SIDE, "raw")
+    names = [f"train/{path.parent.name}/{path.name}" for path in (root / "train").glob("*/*.jpg")]
+    crops = torch.rand(len(names), 4, generator=torch.Generator().manual_seed(0)).tolist()
+    found = np.zeros((2, len(names), 3, SIDE, SIDE), np.uint8)
+    real = np.empty
+    monkeypatch.setattr(shrunk.np, "empty", lambda *args: real(*args) * 0 + 255)  # rows not read
+    for out in found:  # made, then read
+        decode_into(files, names, crops, out)
+    for k, name in enumerate(names):
+        with Image.open(root / name) as image:
+            wide, high = (int(files.short * side / min(image.size)) for side in image.size)
+            image.draft(None, (2 * wide, 2 * high))
+            small = image.convert("RGB").resize((wide, high), Image.Resampling.BILINEAR)
+        left, top, w, h = crop_box(crops[k], wide, high)
+        box = (left, top, left + w, top + h)
+        cut = small.convert("RGBX").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+        expected = np.asarray(cut)[..., :3].transpose(2, 0, 1)
+        assert (found[:, k] == expected).all(), name
 
 
 @pytest.mark.parametrize("cache", ["raw", 256])
