@@ -132,13 +132,20 @@ def test_a_kept_image_is_decoded_no_more_and_a_damaged_one_again(
     assert not read(root, cache=cache).equal(first) and decoded[2:] == [changed]
 
 
+@pytest.mark.parametrize(
+    "decode_in", ["threads", pytest.param("processes", marks=pytest.mark.slow)]
+)
 def test_without_room_the_pixels_are_the_same_and_that_is_said_once(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    root: Path,
+    tmp_path: Path,
+    decode_in: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     first = read(root, cache=256)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert read(root, cache=256).equal(first)
+    assert read(root, cache=256, decode_in=decode_in, readers=2).equal(first)
     assert capfd.readouterr().err.count("images cannot be kept in") == 1
     data = ImageFolder(root=root, num_classes=2, image_size=SIDE, cache="raw")
     monkeypatch.setattr("tfkd_ray.learn.image_files.free_bytes", lambda path: 1000.0)
