@@ -126,10 +126,14 @@ def test_a_kept_image_is_decoded_no_more_and_a_damaged_one_again(
     assert len(kept) == 20
     kept[0].write_bytes(kept[0].read_bytes()[:30])
     kept[1].write_bytes(b"")
-    assert read(root, cache=cache).equal(first) and len(decoded) == 2
+    kept[2].write_bytes(bytes(8))
+    assert read(root, cache=cache).equal(first) and len(decoded) == 3
     changed = root / "train" / "class 0" / "003.jpg"
     photograph(77, 60, 60).save(changed)
-    assert not read(root, cache=cache).equal(first) and decoded[2:] == [changed]
+    assert not read(root, cache=cache).equal(first) and decoded[3:] == [changed]
+    changed.unlink()
+    with pytest.raises(ConfigError, match=r"003\.jpg: cannot be read as an image: No such file"):
+        read(root, cache=cache)
 
 
 @pytest.mark.parametrize(

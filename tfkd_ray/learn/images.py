@@ -26,7 +26,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from tfkd_ray.learn.reader import IMAGES_AT_ONCE, fill
-from tfkd_ray.learn.shrunk import Kind, Rows, SmallImages, all_rows
+from tfkd_ray.learn.shrunk import Kind, NeededRows, SmallImages, all_rows
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
 
@@ -213,7 +213,7 @@ def _made_small(files: Files, path: str) -> Image.Image:
     return opened_as(files.name, Path(path), lambda image: _brought_to(image, files.short))
 
 
-def _rows_of(crop: Crop, size: int) -> Rows:
+def _rows_of(crop: Crop, size: int) -> NeededRows:
     """Return the rows that a random crop is made of.
 
     Pillow's bilinear filter looks beyond a box, by at most the rows that become one, or by 1.

@@ -109,14 +109,14 @@ class _Reader:
         os.close(self._handle)
 
 
-_said: set[str] = set()
+_passed_on: set[str] = set()
 """What reader processes said, and this one has passed on."""
 
 
 def _say_once(text: str) -> None:
     """Write what a reader said to stderr, unless another one has said the same."""
-    if text and text not in _said:
-        _said.add(text)
+    if text and text not in _passed_on:
+        _passed_on.add(text)
         print(text, end="", file=sys.stderr, flush=True)
 
 

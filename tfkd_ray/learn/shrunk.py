@@ -24,7 +24,7 @@ from PIL import Image
 from tfkd_ray.settings.files import cache_folder, whole_file
 
 Kind = Literal["none", "raw", 256]
-Rows = Callable[[int, int], tuple[int, int]]
+NeededRows = Callable[[int, int], tuple[int, int]]
 """Returns (the first row that is needed, the first after them) for an image's width and height."""
 QUALITY = 90
 """Of JPEG, without subsampling of colours."""
@@ -33,7 +33,7 @@ _SIZES = struct.Struct("<II")
 
 
 def all_rows(width: int, height: int) -> tuple[int, int]:
-    """Return the rows of a whole image; see `Rows`."""
+    """Return the rows of a whole image; see `NeededRows`."""
     return 0, height
 
 
@@ -68,7 +68,7 @@ class SmallImages(NamedTuple):
         return cls(str(small_images()), kind, short)
 
     def read(
-        self, source: str, make: Callable[[], Image.Image], rows: Rows = all_rows
+        self, source: str, make: Callable[[], Image.Image], rows: NeededRows = all_rows
     ) -> Image.Image:
         """Return an image with a short side of at most `short`, RGB or RGBX, and upright.
 
@@ -79,9 +79,12 @@ class SmallImages(NamedTuple):
             make: reads it from its source, brought to that size.
             rows: those of raw pixels that are read; the others may hold anything.
         """
-        kept = self._place_of(source)
+        try:
+            kept = self._place_of(source)
+        except OSError:
+            return make()  # which says what is wrong with it
         with contextlib.suppress(OSError, ValueError):
-            return _raw_of(kept, rows) if self.kind == "raw" else _decoded(Path(kept).read_bytes())
+            return _raw_of(kept, rows) if self.kind == "raw" else _of_jpeg(Path(kept).read_bytes())
         small = make()
         content = _encoded(small, self.kind)
         try:
@@ -90,7 +93,7 @@ class SmallImages(NamedTuple):
         except OSError as error:
             _cannot_keep(error)
         if self.kind != "raw":
-            return _decoded(content)
+            return _of_jpeg(content)
         return _of_raw(small.size, np.frombuffer(content, np.uint8, offset=_SIZES.size))
 
     def _place_of(self, source: str) -> str:
@@ -109,23 +112,23 @@ def _encoded(image: Image.Image, kind: Kind) -> bytes:
     return buffer.getvalue()
 
 
-def _decoded(content: bytes) -> Image.Image:
+def _of_jpeg(content: bytes) -> Image.Image:
     """Return the image of a JPEG; raise OSError or ValueError if it is damaged."""
     image = Image.open(io.BytesIO(content))
     image.load()
     return image
 
 
-def _raw_of(kept: str, rows: Rows) -> Image.Image:
+def _raw_of(kept: str, rows: NeededRows) -> Image.Image:
     """Return the image of a file of raw pixels; raise OSError or ValueError if it is damaged."""
     handle = os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        width, height = size = _SIZES.unpack(_read(handle, bytearray(_SIZES.size), 0))
+        width, height = size = _SIZES.unpack(_filled(handle, bytearray(_SIZES.size), 0))
         pixels = np.empty(os.fstat(handle).st_size - _SIZES.size, np.uint8)
-        if len(pixels) != 4 * width * height:
+        if not len(pixels) or len(pixels) != 4 * width * height:
             raise ValueError(f"{len(pixels)} bytes of {width}x{height} pixels")
         first, end = (4 * width * row for row in rows(width, height))
-        _read(handle, pixels[first:end], _SIZES.size + first)
+        _filled(handle, pixels[first:end], _SIZES.size + first)
     finally:
         os.close(handle)
     return _of_raw(size, pixels)
@@ -139,8 +142,8 @@ def _of_raw(size: tuple[int, int], pixels: Any) -> Image.Image:
     return Image.fromarrow(Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1), "RGB", size)
 
 
-def _read(handle: int, into: Any, start: int) -> Any:
-    """Fill `into` from a file's bytes at `start`, and return it."""
+def _filled(handle: int, into: Any, start: int) -> Any:
+    """Return `into`, filled with a file's bytes from `start`."""
     found = os.preadv(handle, [into], start)
     if found != len(into):
         raise ValueError(f"{found} bytes of {len(into)} at {start}")
