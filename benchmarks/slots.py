@@ -1,12 +1,13 @@
 """Utilisation of 20 to 1,000 claimed GPUs by a sweep, and its driver's cost.
 
-    python benchmarks/slots.py [--slots 1000] [--epoch-s 20] [--epochs 2] [--rounds 2]
+    python benchmarks/slots.py [--slots 1000] [--epoch-s 20] [--epochs 2] [--rounds 2] [--each]
 
 One node claims these CPUs and GPUs, and a sweep of one-GPU trials runs on it: search, stopping,
 records, TensorBoard, Tune's controller and a real placement group for each trial. Only the trials'
 processes are replaced, since a thousand do not fit on one machine: four real actors answer for all
 of them, with real messages, and an epoch is a sleep. So the benchmark measures the driver and Ray's
-scheduling, without the start of processes.
+scheduling, without the start of processes. A message brings several epochs, as those of trials do;
+with `--each` one.
 
 Utilisation is the share of a window's slot-seconds in which a stand-in trains an epoch.
 """
@@ -27,6 +28,7 @@ from ray import tune
 from ray.air.execution.resources.placement_group import PlacementGroupAcquiredResources
 
 import tfkd_ray.run.tune as ours
+from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.space.space import Space, build_space
 
 HOSTS = 4
@@ -42,17 +44,39 @@ class Host:
         self.epoch_s, self.epochs = epoch_s, epochs
         self.done: dict[int, int] = {}
 
-    async def call(self, key: int, method: str) -> Any:
+    async def call(self, key: int, method: str, *limits: float) -> Any:
         """Return what the method of a trial's process would return."""
         if method == "reset":
             self.done[key] = 0
             return True
-        if method != "train":
+        if method == "train":
+            return await self.epoch(key)
+        if method != "train_buffered":
             return None
+        results: list[dict[str, Any]] = []
+        until = time.monotonic() + min(limits)
+        while True:
+            results.append(await self.epoch(key))
+            last = results[-1]
+            if last["done"] or last["epoch"] == 1 or time.monotonic() >= until:
+                return results
+
+    async def epoch(self, key: int) -> dict[str, Any]:
+        """Return the result of an epoch."""
         await asyncio.sleep(self.epoch_s)
         epoch = self.done[key] = self.done.get(key, 0) + 1
-        return {**RESULT, "epoch": epoch, "training_iteration": epoch, "seconds": self.epoch_s, "time_total_s": 0.0,
-                "time_this_iter_s": self.epoch_s, "pid": 0, "node_ip": "", "done": epoch == self.epochs}  # fmt: skip
+        return {
+            **RESULT,
+            "epoch": epoch,
+            "training_iteration": epoch,
+            "seconds": self.epoch_s,
+            "ended": time.monotonic(),
+            "time_total_s": 0.0,
+            "time_this_iter_s": self.epoch_s,
+            "pid": 0,
+            "node_ip": "",
+            "done": epoch == self.epochs,
+        }
 
 
 class StandIn:
@@ -62,23 +86,24 @@ class StandIn:
         self._key, self._host = key, host
 
     def __getattr__(self, method: str) -> Any:
-        return Method(lambda: self._host.call.remote(self._key, method))
+        return Method(lambda *limits: self._host.call.remote(self._key, method, *limits))
 
 
 class Method:
     """Replaces a method of such a handle, or of the class that creates one."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call()
+        return self._call(*args)
 
 
-class Clock(tune.Callback):  # type: ignore[misc]
+class Clock(OwnCallback):
     """Records when epochs end, and the driver's CPU time and memory after each window."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.begun = time.monotonic()
         self.epochs: list[float] = []
         self.windows: list[tuple[float, float, float, int]] = []
@@ -99,7 +124,7 @@ class Clock(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
     ) -> None:
-        self.epochs.append(time.monotonic() - self.begun)
+        self.epochs.append(result["ended"] - self.begun)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.running.discard(trial.trial_id)
@@ -132,6 +157,7 @@ def main() -> None:
     parser.add_argument("--epoch-s", type=float, default=20)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="trials for each slot")
+    parser.add_argument("--each", action="store_true", help="a message for each epoch")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     none = {"prestart_worker_first_driver": False}  # else Ray starts a process for each claimed CPU
@@ -139,7 +165,7 @@ def main() -> None:
              logging_level="ERROR", object_store_memory=150 * 2**20, _system_config=none)  # fmt: skip
     hosts = itertools.cycle([Host.remote(args.epoch_s, args.epochs) for _ in range(HOSTS)])
     keys = itertools.count()
-    new = Method(lambda: StandIn(next(keys), next(hosts)))
+    new = Method(lambda *given: StandIn(next(keys), next(hosts)))
     PlacementGroupAcquiredResources.annotate_remote_entities = lambda self, entities: [
         new for _ in entities
     ]
@@ -152,8 +178,9 @@ def main() -> None:
     before, cpu = memory_mb(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         trials = args.slots * args.rounds
+        callbacks = [clock, tune.Callback()] if args.each else [clock]
         tuner = ours.build_tuner(
-            space_of(trials, args.epochs), name="e", storage=folder, callbacks=[clock]
+            space_of(trials, args.epochs), name="e", storage=folder, callbacks=callbacks
         )
         clock.begun = time.monotonic()
         tuner.fit()

@@ -81,6 +81,7 @@ def fake_cuda() -> Iterator[list[str]]:
         patch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda *device: None)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr("tfkd_ray.learn.loop.architecture_trouble", lambda: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *given, **more: True)
         patch.setattr(torch.cuda, "default_generators", [torch.Generator()])
         patch.setattr(torch.cuda, "empty_cache", lambda: None)

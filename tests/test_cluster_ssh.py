@@ -1,7 +1,8 @@
 """A real cluster of two nodes from clusters/onprem.yaml: sshd, `up`, a sweep as a job, `down`.
 
 It runs beside other Ray clusters of this machine, with its own ports, addresses, home and temporary
-directory. Its nodes use the test's own `ray`, since `ray stop` would end every Ray process here.
+directory. Its nodes have an environment without tfkd, as the files install it, which comes with each
+job. They use the test's own `ray`, since `ray stop` would end every Ray process here.
 """
 
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,6 @@ from tfkd_ray.store.experiment import read_records
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 HEAD, WORKER = "127.77.0.1", "127.77.0.2"
-BIN = Path(sys.executable).parent
 
 
 @dataclass
@@ -77,6 +78,20 @@ def on_loopback(place: Path) -> str:
     return f"{head}\nworker_start_ray_commands:{workers}"
 
 
+def without_tfkd(place: Path) -> Path:
+    """Create an environment with the packages of this one but tfkd; return its programs."""
+    venv.create(place, symlinks=True)
+    (into,) = place.glob("lib/python*/site-packages")
+    for folder in map(Path, sys.path):
+        for package in folder.iterdir() if folder.name == "site-packages" else ():
+            if package.suffix != ".pth" and "tfkd_ray" not in package.name:
+                (into / package.name).symlink_to(package)
+    ray = place / "bin/ray"
+    ray.write_text(f"#!{place}/bin/python\nfrom ray.scripts.scripts import main\nmain()\n")
+    ray.chmod(0o755)
+    return place / "bin"
+
+
 PINNED = "installed already, ray==2.60.0 torch==2.14.1 python3.11"
 
 
@@ -97,12 +112,13 @@ def cluster() -> Iterator[Cluster]:
         f"ListenAddress {HEAD}:22\nListenAddress {WORKER}:22\nHostKey {place}/host\nAuthorizedKeysFile {place}/key.pub\n"
         f"StrictModes no\nPidFile none\nUsePAM no\nPasswordAuthentication no\nSetEnv HOME={place}/home\n"
     )
+    programs = without_tfkd(place / "env")
     (place / "home/.profile").write_text(
-        f"export PATH={place}/bin:{BIN}:/usr/sbin:/usr/bin:/sbin:/bin\n"
+        f"export PATH={place}/bin:{programs}:/usr/sbin:/usr/bin:/sbin:/bin\n"
     )
     # `ray stop` ends only the head's processes; ssh searches keys in the home of /etc/passwd
     (place / "bin/ray").write_text(
-        f'#!/bin/bash\n[ "$1" = stop ] || exec {BIN}/ray "$@"\nfor p in $(pgrep -f {place}/h/session); do kill $p; done\n'
+        f'#!/bin/bash\n[ "$1" = stop ] || exec {programs}/ray "$@"\nfor p in $(pgrep -f {place}/h/session); do kill $p; done\n'
     )
     (place / "bin/ssh").write_text(f'#!/bin/bash\nexec /usr/bin/ssh -i {place}/key "$@"\n')
     for name in ("ray", "ssh"):
@@ -177,6 +193,8 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
     assert again.returncode == 0 and "Ray runtime started" not in again.stdout + again.stderr, (
         again.stderr
     )
+    missing = subprocess.run([place / "env/bin/python", "-c", "import tfkd_ray"], cwd=place)
+    assert missing.returncode == 1  # the jobs below bring it
     until = time.monotonic() + 60
     while "2 nodes" not in (status := page("cluster status")).stdout:
         assert time.monotonic() < until, status.stdout + status.stderr

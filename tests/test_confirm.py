@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tfkd_ray.learn.data import Digits
 from tfkd_ray.learn.dataset import digest_of
 from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.official import Cifar10
+from tfkd_ray.run import confirm
 from tfkd_ray.run.confirm import (
     LOGITS,
     ListSearcher,
@@ -79,6 +81,12 @@ def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(
     assert result["arms"][0]["runs"][0]["accuracy"] == pytest.approx(
         (logits.argmax(1) == test.labels).double().mean()
     )
+    lent = confirm._LentTester(tmp_path / "c", run.config.data, 0.0)  # in a process of Ray's
+    try:
+        found, labels = lent.logits(run)
+    finally:
+        lent.close()
+    assert found.equal(torch.from_numpy(kept["logits"])) and labels.equal(test.labels)
     # a second time: nothing is run or opened
     assert judge_on_test(tmp_path / "c") == result and read_comparison(tmp_path / "c").is_trained
     lines = outcome_table(result)
@@ -247,6 +255,39 @@ def test_a_test_split_that_cannot_be_read_was_not_opened(tmp_path: Path) -> None
     )
     path.write_bytes(content)
     assert len(judge_on_test(directory)["opened"]) == 1 and (folder / LOGITS).exists()
+
+
+@pytest.mark.parametrize(
+    "of_node, share, where",
+    [(None, 1, "taken"), (None, 0, "cpu"), (4, 0, "cpu"), (0, 1, "cpu"), (1, 0.5, "lent 0.5"), (2, 2, "lent 1.0")],
+)  # fmt: skip
+def test_a_gpu_for_the_test_split_is_lent_by_ray(
+    of_node: float | None, share: float, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    class Lent:
+        def __init__(self, directory: Path, data: Any, share: float) -> None:
+            used.append(f"lent {share}")
+
+        def close(self) -> None:
+            used.append("closed")
+
+    def here(directory: Path, data: Any, *, on_gpu: bool) -> None:
+        used.append("taken" if on_gpu else "cpu")
+
+    nodes = [{"NodeID": "a", "Resources": {"GPU": of_node}}, {"NodeID": "b", "Resources": {}}]
+    context = SimpleNamespace(get_node_id=lambda: "a" if of_node else "b")
+    for name, answer in (("is_initialized", of_node is not None), ("nodes", nodes), ("get_runtime_context", context)):  # fmt: skip
+        monkeypatch.setattr(confirm.ray, name, lambda answer=answer: answer)
+    monkeypatch.setattr(confirm, "_LentTester", Lent)
+    monkeypatch.setattr(confirm, "_Tester", here)
+    runs: Any = [
+        SimpleNamespace(config=SimpleNamespace(gpus_per_worker=n, data=None)) for n in (0, share)
+    ]
+    with confirm._opened_test(Path(), runs):
+        pass
+    assert used == ([where, "closed"] if "lent" in where else [where])
 
 
 @pytest.mark.ray

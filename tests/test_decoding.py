@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from tfkd_ray.learn import images as images_module
 from tfkd_ray.learn import reader, shrunk
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder
-from tfkd_ray.learn.images import FolderSet
+from tfkd_ray.learn.images import Files, FolderSet, crop_box, decode_into
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 
@@ -84,6 +85,29 @@ def test_validation_from_raw_pixels_is_that_from_the_files_and_crops_are_alike(r
     assert (jpeg.float() - read(root, crops=False).float()).abs().mean() < 4
 
 
+def test_crops_of_raw_pixels_are_those_of_the_whole_image(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Files("x", root, SIDE, "raw")
+    names = [f"train/{path.parent.name}/{path.name}" for path in (root / "train").glob("*/*.jpg")]
+    crops = torch.rand(len(names), 4, generator=torch.Generator().manual_seed(0)).tolist()
+    found = np.zeros((2, len(names), 3, SIDE, SIDE), np.uint8)
+    real = np.empty
+    monkeypatch.setattr(shrunk.np, "empty", lambda *args: real(*args) * 0 + 255)  # rows not read
+    for out in found:  # made, then read
+        decode_into(files, names, crops, out)
+    for k, name in enumerate(names):
+        with Image.open(root / name) as image:
+            wide, high = (int(files.short * side / min(image.size)) for side in image.size)
+            image.draft(None, (2 * wide, 2 * high))
+            small = image.convert("RGB").resize((wide, high), Image.Resampling.BILINEAR)
+        left, top, w, h = crop_box(crops[k], wide, high)
+        box = (left, top, left + w, top + h)
+        cut = small.convert("RGBX").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+        expected = np.asarray(cut)[..., :3].transpose(2, 0, 1)
+        assert (found[:, k] == expected).all(), name
+
+
 @pytest.mark.parametrize("cache", ["raw", 256])
 def test_a_kept_image_is_decoded_no_more_and_a_damaged_one_again(
     root: Path, cache: Any, monkeypatch: pytest.MonkeyPatch
@@ -102,19 +126,30 @@ def test_a_kept_image_is_decoded_no_more_and_a_damaged_one_again(
     assert len(kept) == 20
     kept[0].write_bytes(kept[0].read_bytes()[:30])
     kept[1].write_bytes(b"")
-    assert read(root, cache=cache).equal(first) and len(decoded) == 2
+    kept[2].write_bytes(bytes(8))
+    assert read(root, cache=cache).equal(first) and len(decoded) == 3
     changed = root / "train" / "class 0" / "003.jpg"
     photograph(77, 60, 60).save(changed)
-    assert not read(root, cache=cache).equal(first) and decoded[2:] == [changed]
+    assert not read(root, cache=cache).equal(first) and decoded[3:] == [changed]
+    changed.unlink()
+    with pytest.raises(ConfigError, match=r"003\.jpg: cannot be read as an image: No such file"):
+        read(root, cache=cache)
 
 
+@pytest.mark.parametrize(
+    "decode_in", ["threads", pytest.param("processes", marks=pytest.mark.slow)]
+)
 def test_without_room_the_pixels_are_the_same_and_that_is_said_once(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    root: Path,
+    tmp_path: Path,
+    decode_in: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     first = read(root, cache=256)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert read(root, cache=256).equal(first)
+    assert read(root, cache=256, decode_in=decode_in, readers=2).equal(first)
     assert capfd.readouterr().err.count("images cannot be kept in") == 1
     data = ImageFolder(root=root, num_classes=2, image_size=SIDE, cache="raw")
     monkeypatch.setattr("tfkd_ray.learn.image_files.free_bytes", lambda path: 1000.0)

@@ -115,6 +115,10 @@ def test_a_gpu_is_tried_with_one_product(
     monkeypatch.setattr(gpu.torch, "ones", ones)
     found = gpu_trouble()
     assert found is None if said is None else (found or "").startswith(said)
+    if capability < (7, 5):  # `tfkd train` looks at no node before
+        run = validated(TrainConfig, {"objective": "ce", "student": "mlp", "gpus_per_worker": 1})
+        with pytest.raises(RuntimeError, match=rf"gpus_per_worker is 1, and {said}"):
+            next(train(run))
 
 
 def test_a_sweep_does_not_begin_on_gpus_that_cannot_be_used(

@@ -55,14 +55,9 @@ def gpu_trouble() -> str | None:
     """
     if not torch.cuda.is_available():
         return f"torch sees no GPU: {why_no_gpu()}"
+    if (trouble := architecture_trouble()) is not None:
+        return trouble
     name = torch.cuda.get_device_name()
-    capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
-    if not has_code_for(capability, built_for):
-        major, minor = capability
-        return (
-            f"{name} has compute capability {major}.{minor}, and torch {torch.__version__} has code for "
-            f"{', '.join(built_for)}; install another torch, or use another GPU"
-        )
     try:
         ones = torch.ones(64, 64, device="cuda")
         found = (ones @ ones).sum().item()
@@ -71,6 +66,18 @@ def gpu_trouble() -> str | None:
     if found != 64.0**3:
         return f"{name} multiplies wrongly: {found:g} in place of {64**3}; it may be broken"
     return None
+
+
+def architecture_trouble() -> str | None:
+    """Return that torch has no code for the GPU of this process; None if it has."""
+    capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if has_code_for(capability, built_for):
+        return None
+    major, minor = capability
+    return (
+        f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and torch {torch.__version__} has "
+        f"code for {', '.join(built_for)}; install another torch, or use another GPU"
+    )
 
 
 def has_code_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:

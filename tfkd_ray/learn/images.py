@@ -10,6 +10,7 @@ made square.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -25,7 +26,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from tfkd_ray.learn.reader import IMAGES_AT_ONCE, fill
-from tfkd_ray.learn.shrunk import Kind, shrunk
+from tfkd_ray.learn.shrunk import Kind, NeededRows, SmallImages, all_rows
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
 
@@ -191,29 +192,41 @@ def decode_into(files: Files, names: Sequence[str], crops: Sequence[Crop], out: 
         names: paths below the folder.
         crops: one for each of them.
     """
-    for k, (name, crop) in enumerate(zip(names, crops, strict=True)):
-        path = files.folder / name
-
-        def view(image: Image.Image, crop: Crop = crop) -> Image.Image:
-            return (
-                _centre(image, files.side)
-                if crop is None
-                else _cut_to_size(image, crop, files.side)
-            )
-
+    small = SmallImages.of(files.cache, files.short)
+    for name, crop, pixels in zip(names, crops, out, strict=True):
+        path = f"{files.folder}/{name}"
+        view = functools.partial(_viewed, crop=crop, size=files.side)
         if files.cache == "none":
-            out[k] = decoded(files.name, path, view)
+            image = opened_as(files.name, Path(path), view)
         else:
-            out[k] = _pixels(view(_small_image(files, path)))
+            make = functools.partial(_made_small, files, path)
+            image = view(small.read(path, make, _rows_of(crop, files.side)))
+        _copy(image, pixels)
 
 
-def _small_image(files: Files, path: Path) -> Image.Image:
-    """Return an image from the cache of smaller ones."""
+def _viewed(image: Image.Image, crop: Crop, size: int) -> Image.Image:
+    return _centre(image, size) if crop is None else _cut_to_size(image, crop, size)
 
-    def make(path: Path) -> Image.Image:
-        return opened_as(files.name, path, lambda image: _brought_to(image, files.short))
 
-    return shrunk(path, files.cache, files.short, make)
+def _made_small(files: Files, path: str) -> Image.Image:
+    """Return an image brought to the size that the cache keeps."""
+    return opened_as(files.name, Path(path), lambda image: _brought_to(image, files.short))
+
+
+def _rows_of(crop: Crop, size: int) -> NeededRows:
+    """Return the rows that a random crop is made of.
+
+    Pillow's bilinear filter looks beyond a box, by at most the rows that become one, or by 1.
+    """
+    if crop is None:
+        return all_rows
+
+    def rows(width: int, height: int) -> tuple[int, int]:
+        _, top, _, h = crop_box(crop, width, height)
+        beyond = math.ceil(h / size) + 2
+        return max(0, top - beyond), min(height, top + h + beyond)
+
+    return rows
 
 
 @dataclass(frozen=True)
@@ -288,12 +301,7 @@ class FolderSet:
         self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None
     ) -> tuple[Tensor, list[Future[None]]]:
         """Return (the batch, still empty; the futures that fill it)."""
-        import torch
-
-        side = self.place.side
-        images = torch.empty(
-            len(plan), 3, side, side, dtype=torch.uint8, pin_memory=self.labels.is_cuda
-        )
+        images = self._empty_batch(len(plan))
         numbers: list[Crop] = [None] * len(plan) if crops is None else crops[plan].tolist()
         names = [self.files[i] for i in plan.tolist()]
         fill, size = self._filler()
@@ -305,10 +313,19 @@ class FolderSet:
             )
         return images, jobs
 
+    def _empty_batch(self, count: int) -> Tensor:
+        """Return uint8 [count, 3, S, S]; on a CPU in large pages, which numpy asks for."""
+        import torch
+
+        shape = count, 3, self.place.side, self.place.side
+        if self.labels.is_cuda:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return torch.from_numpy(np.empty(shape, np.uint8))
+
     def _filler(self) -> tuple[Callable[..., None], int]:
         """Return what decodes some images in a thread of this process, and how many at once."""
         if self.decode_in == "threads":
-            return decode_into, 1
+            return decode_into, IMAGES_AT_ONCE
         return _decode_in_process, IMAGES_AT_ONCE
 
 
@@ -331,12 +348,20 @@ def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -
     Args:
         name: of the data set, for errors.
     """
-    return _pixels(opened_as(name, path, view))
+    image = opened_as(name, path, view)
+    wide, high = image.size
+    pixels = np.empty((3, high, wide), np.uint8)
+    _copy(image, pixels)
+    return pixels
 
 
-def _pixels(image: Image.Image) -> Pixels:
-    """Return uint8 [3, H, W] of an RGB or RGBX image."""
-    return np.asarray(image)[..., :3].transpose(2, 0, 1)
+def _copy(image: Image.Image, out: Pixels) -> None:
+    """Copy an RGB or RGBX image into uint8 [3, H, W].
+
+    Channel by channel, which is faster than a transposed copy of all.
+    """
+    for channel, pixels in zip("RGB", out, strict=True):
+        pixels[:] = np.frombuffer(image.tobytes("raw", channel), np.uint8).reshape(pixels.shape)
 
 
 def opened_as(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -482,15 +507,21 @@ def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, 
         crop: uniform in [0, 1): area, shape, top, left.
     """
     wide = math.log(width / height)
-    # width of the interval of fitting areas, which begins at 8 %
-    room = (np.exp(-np.abs(_CROP_SHAPES - wide)) - 0.08).clip(1e-9)
-    drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
+    drawn = _drawn_shapes(wide)
     shape = float(np.interp(crop[1] * drawn[-1], drawn, _CROP_SHAPES))
     most = math.exp(-abs(shape - wide))
     area = (min(0.08, most) + crop[0] * max(most - 0.08, 0)) * width * height
     w = min(max(1, round(math.sqrt(area * math.exp(shape)))), width)
     h = min(max(1, round(math.sqrt(area / math.exp(shape)))), height)
     return int(crop[3] * (width - w + 1)), int(crop[2] * (height - h + 1)), w, h
+
+
+@functools.lru_cache(4096)
+def _drawn_shapes(wide: float) -> NDArray[np.float64]:
+    """Return the distribution of `_CROP_SHAPES`, not normalised, in an image of this log(w / h)."""
+    # width of the interval of fitting areas, which begins at 8 %
+    room = (np.exp(-np.abs(_CROP_SHAPES - wide)) - 0.08).clip(1e-9)
+    return np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
 
 
 def _cut_to_size(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:

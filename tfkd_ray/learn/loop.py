@@ -50,7 +50,7 @@ from tfkd_ray.learn.features import (
     outputs_of,
     tapped_student,
 )
-from tfkd_ray.learn.gpu import why_no_gpu
+from tfkd_ray.learn.gpu import architecture_trouble, why_no_gpu
 from tfkd_ray.learn.images import (
     Images,
     ImageSet,
@@ -779,13 +779,13 @@ def _workers_and_rank() -> tuple[int, int]:
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """Return the device of this worker; raise a RuntimeError if it has none of the kind asked."""
+    """Return the device of this worker; raise a RuntimeError if it has none that torch can use."""
     if not config.gpus_per_worker:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here: {why_no_gpu()}"
-        )
+    seen = torch.cuda.is_available()
+    trouble = architecture_trouble() if seen else f"torch sees no GPU here: {why_no_gpu()}"
+    if trouble is not None:
+        raise RuntimeError(f"gpus_per_worker is {config.gpus_per_worker:g}, and {trouble}")
     return torch.device("cuda", torch.cuda.current_device())
 
 

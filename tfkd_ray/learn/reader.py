@@ -81,7 +81,9 @@ class _Reader:
                 f"data {files[0]}: {MOST_DEATHS} reader processes died over {names[0]} and the {len(names) - 1} "
                 f"images after it in {files[1]}; is there enough memory, or is one of them damaged?"
             )
-        if problems := json.loads(answer):
+        problems, said = json.loads(answer)
+        _say_once(said)
+        if problems:
             raise ConfigError(problems)
         out[:] = np.frombuffer(self._memory, np.uint8, out.size).reshape(out.shape)
 
@@ -105,6 +107,17 @@ class _Reader:
         self._kill()
         self._memory.close()
         os.close(self._handle)
+
+
+_passed_on: set[str] = set()
+"""What reader processes said, and this one has passed on."""
+
+
+def _say_once(text: str) -> None:
+    """Write what a reader said to stderr, unless another one has said the same."""
+    if text and text not in _passed_on:
+        _passed_on.add(text)
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 _idle: dict[int, list[_Reader]] = {}

@@ -3,11 +3,12 @@
 HANDLE is the descriptor of the memory that it shares with the process that started it.
 """
 
+import contextlib
+import io
 import json
 import mmap
 import signal
 import sys
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,10 @@ from tfkd_ray.settings.errors import ConfigError
 
 
 def answer_requests() -> None:
-    """Answer requests, a line of problems each, until there are no more."""
+    """Answer each request with a line, until there are no more.
+
+    An answer has the problems of the images, and what else there is to say.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too
     memory = mmap.mmap(int(sys.argv[1]), 0)
     for line in sys.stdin.buffer:
@@ -24,12 +28,14 @@ def answer_requests() -> None:
         files = Files.of_wire(wire)
         shape = len(names), 3, files.side, files.side
         out = np.frombuffer(memory, np.uint8, int(np.prod(shape))).reshape(shape)
-        answer: list[Any] = []
-        try:
-            decode_into(files, names, crops, out)
-        except ConfigError as error:
-            answer = list(error.problems)
-        sys.stdout.write(f"{json.dumps(answer)}\n")
+        problems: list[str] = []
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                decode_into(files, names, crops, out)
+            except ConfigError as error:
+                problems = list(error.problems)
+        sys.stdout.write(f"{json.dumps([problems, said.getvalue()])}\n")
         sys.stdout.flush()
 
 

@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,10 +24,17 @@ from PIL import Image
 from tfkd_ray.settings.files import cache_folder, whole_file
 
 Kind = Literal["none", "raw", 256]
+NeededRows = Callable[[int, int], tuple[int, int]]
+"""Returns (the first row that is needed, the first after them) for an image's width and height."""
 QUALITY = 90
 """Of JPEG, without subsampling of colours."""
 _SIZES = struct.Struct("<II")
 """Width and height, before raw pixels of 4 bytes, as Pillow has RGB in memory."""
+
+
+def all_rows(width: int, height: int) -> tuple[int, int]:
+    """Return the rows of a whole image; see `NeededRows`."""
+    return 0, height
 
 
 def kept_as(kind: Kind, short: int) -> str:
@@ -47,28 +54,54 @@ def small_images() -> Path:
     return cache_folder() / "images"
 
 
-def shrunk(
-    source: Path, kind: Kind, short: int, make: Callable[[Path], Image.Image]
-) -> Image.Image:
-    """Return an image with a short side of at most `short`, RGB or RGBX, and upright.
+class SmallImages(NamedTuple):
+    """The cache of images of one kind and size."""
 
-    Args:
-        source: an absolute path.
-        make: reads it from its source, brought to that size.
-    """
-    facts = source.stat()
-    known_by = f"{source}|{facts.st_size}|{facts.st_mtime_ns}|{kept_as(kind, short)}"
-    name = hashlib.sha256(os.fsencode(known_by)).hexdigest()[:32]
-    kept = small_images() / name[:3] / name
-    with contextlib.suppress(OSError, ValueError):
-        return _opened(kept.read_bytes(), kind)
-    content = _encoded(make(source), kind)
-    try:
-        with whole_file(kept) as part:
-            part.write_bytes(content)
-    except OSError as error:
-        _cannot_keep(error)
-    return _opened(content, kind)
+    folder: str
+    kind: Kind
+    short: int
+    """The short side, at most, in pixels."""
+
+    @classmethod
+    def of(cls, kind: Kind, short: int) -> SmallImages:
+        """Return this node's cache."""
+        return cls(str(small_images()), kind, short)
+
+    def read(
+        self, source: str, make: Callable[[], Image.Image], rows: NeededRows = all_rows
+    ) -> Image.Image:
+        """Return an image with a short side of at most `short`, RGB or RGBX, and upright.
+
+        Paths are text, as a Path for each image would take longer than finding its file.
+
+        Args:
+            source: an absolute path.
+            make: reads it from its source, brought to that size.
+            rows: those of raw pixels that are read; the others may hold anything.
+        """
+        try:
+            kept = self._place_of(source)
+        except OSError:
+            return make()  # which says what is wrong with it
+        with contextlib.suppress(OSError, ValueError):
+            return _raw_of(kept, rows) if self.kind == "raw" else _of_jpeg(Path(kept).read_bytes())
+        small = make()
+        content = _encoded(small, self.kind)
+        try:
+            with whole_file(Path(kept)) as part:
+                part.write_bytes(content)
+        except OSError as error:
+            _cannot_keep(error)
+        if self.kind != "raw":
+            return _of_jpeg(content)
+        return _of_raw(small.size, np.frombuffer(content, np.uint8, offset=_SIZES.size))
+
+    def _place_of(self, source: str) -> str:
+        """Return the file that an image has in the cache."""
+        facts = os.stat(source)  # noqa: PTH116
+        known_by = f"{source}|{facts.st_size}|{facts.st_mtime_ns}|{kept_as(self.kind, self.short)}"
+        name = hashlib.sha256(os.fsencode(known_by)).hexdigest()[:32]
+        return f"{self.folder}/{name[:3]}/{name}"
 
 
 def _encoded(image: Image.Image, kind: Kind) -> bytes:
@@ -79,22 +112,42 @@ def _encoded(image: Image.Image, kind: Kind) -> bytes:
     return buffer.getvalue()
 
 
-def _opened(content: bytes, kind: Kind) -> Image.Image:
-    """Return the image in a file's content; raise OSError or ValueError if it is damaged.
+def _of_jpeg(content: bytes) -> Image.Image:
+    """Return the image of a JPEG; raise OSError or ValueError if it is damaged."""
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
 
-    Raw pixels are not copied.
+
+def _raw_of(kept: str, rows: NeededRows) -> Image.Image:
+    """Return the image of a file of raw pixels; raise OSError or ValueError if it is damaged."""
+    handle = os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        width, height = size = _SIZES.unpack(_filled(handle, bytearray(_SIZES.size), 0))
+        pixels = np.empty(os.fstat(handle).st_size - _SIZES.size, np.uint8)
+        if not len(pixels) or len(pixels) != 4 * width * height:
+            raise ValueError(f"{len(pixels)} bytes of {width}x{height} pixels")
+        first, end = (4 * width * row for row in rows(width, height))
+        _filled(handle, pixels[first:end], _SIZES.size + first)
+    finally:
+        os.close(handle)
+    return _of_raw(size, pixels)
+
+
+def _of_raw(size: tuple[int, int], pixels: Any) -> Image.Image:
+    """Return the RGB image of pixels of 4 bytes, which are not copied.
+
+    Pillow resizes RGB, which is RGBX in memory, in four fifths of the time of RGBX.
     """
-    if kind != "raw":
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return image
-    if len(content) < _SIZES.size:
-        raise ValueError(f"{len(content)} bytes")
-    size = _SIZES.unpack_from(content)
-    pixels = np.frombuffer(content, np.uint8, offset=_SIZES.size)
-    if len(pixels) != 4 * size[0] * size[1]:
-        raise ValueError(f"{len(pixels)} bytes of {size[0]}x{size[1]} pixels")
-    return Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1)
+    return Image.fromarrow(Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1), "RGB", size)
+
+
+def _filled(handle: int, into: Any, start: int) -> Any:
+    """Return `into`, filled with a file's bytes from `start`."""
+    found = os.preadv(handle, [into], start)
+    if found != len(into):
+        raise ValueError(f"{found} bytes of {len(into)} at {start}")
+    return into
 
 
 _told_of: set[Path] = set()

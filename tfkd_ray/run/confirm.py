@@ -4,6 +4,7 @@ A comparison is a directory like an experiment: `confirm.yaml` lists the arms an
 `trials/<arm>-s<seed>/` holds each run, `confirm.json` the outcome. It can be stopped and resumed.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from numpy.typing import NDArray
 from ray import tune
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
@@ -264,12 +267,12 @@ def _all_settled(directory: Path, compared: Comparison, seeds: int, known: Tree)
     done = [run for run in runs if run.name in records and records[run.name].status == "done"]
     if not done:
         raise _nothing_trained(directory, len(runs))
-    tester = _Tester(directory, done[0].config.data)
-    _note_opening(directory, compared, tester.digest, len(done), seeds)
-    for run in done:
-        if run.name not in known:
-            logits, labels = tester.logits(run)
-            known[run.name] = scores(logits.cpu().numpy(), labels.cpu().numpy())
+    with _opened_test(directory, done) as tester:
+        _note_opening(directory, compared, tester.digest, len(done), seeds)
+        for run in done:
+            if run.name not in known:
+                logits, labels = tester.logits(run)
+                known[run.name] = scores(logits.numpy(), labels.numpy())
     arrays, diverged = {}, set[str]()
     for arm in compared.arms.arms:
         mine = [run for run in runs if run.arm == arm.name]
@@ -298,41 +301,68 @@ def _judged(directory: Path, on_run: Say | None) -> Tree:
     done = [run for run in runs if run.name in records and records[run.name].status == "done"]
     if not done:
         raise _nothing_trained(directory, len(runs))
-    tester: _Tester | None = None
-    noted = False
-    for run in done:
-        path = trials_folder(directory) / run.name / LOGITS
-        if path.exists():
-            continue
-        tester = tester or _Tester(directory, done[0].config.data)
-        if on_run:
-            on_run(run.name)
-        logits, labels = tester.logits(run)
-        found = {"logits": logits, "labels": labels}
-        guesses = tester.taught.guesses(run.config, tester.test)
-        found |= {} if guesses is None else {"teacher": guesses}
-        if not noted:  # before anybody can see a result; if a file cannot be read, there is none
-            if compared.plan is None:
-                _note_opening(directory, compared, tester.digest, len(done))
-            noted = True
-        save_weights(path, found, {"run": run.name})
+    left = [run for run in done if not _logits_file(directory, run).exists()]
+    if left:
+        with _opened_test(directory, left) as tester:
+            for run in left:
+                if on_run:
+                    on_run(run.name)
+                logits, labels = tester.logits(run)
+                found = {"logits": logits, "labels": labels}
+                guesses = tester.guesses(run)
+                found |= {} if guesses is None else {"teacher": guesses}
+                # before anybody can see a result; if a file cannot be read, there is none
+                if run is left[0] and compared.plan is None:
+                    _note_opening(directory, compared, tester.digest, len(done))
+                save_weights(_logits_file(directory, run), found, {"run": run.name})
     return outcome(directory)
 
 
+def _logits_file(directory: Path, run: Run) -> Path:
+    return trials_folder(directory) / run.name / LOGITS
+
+
+@contextlib.contextmanager
+def _opened_test(directory: Path, runs: Sequence[Run]) -> Iterator["_Tester | _LentTester"]:
+    """Yield the test split, opened, on a GPU if the runs have used one.
+
+    Ray lends a GPU of this node, which has the runs' files. Without Ray in this process, which
+    would know who else uses them, a GPU is simply taken.
+    """
+    share = min(1.0, max(run.config.gpus_per_worker for run in runs))
+    if not ray.is_initialized():
+        yield _Tester(directory, runs[0].config.data, on_gpu=share > 0)
+    elif not 0 < share <= _gpus_of_this_node():
+        yield _Tester(directory, runs[0].config.data, on_gpu=False)
+    else:
+        lent = _LentTester(directory, runs[0].config.data, share)
+        try:
+            yield lent
+        finally:
+            lent.close()
+
+
+def _gpus_of_this_node() -> float:
+    here = ray.get_runtime_context().get_node_id()
+    (about,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    return float(about["Resources"].get("GPU", 0))
+
+
 class _Tester:
-    """The test split, opened, and what trained runs say on it.
+    """The test split, opened, and what trained runs say on it, on the CPU.
 
     Args:
         directory: of the comparison.
+        on_gpu: whether to compute on a GPU, if torch sees one.
     """
 
-    def __init__(self, directory: Path, data: Dataset) -> None:
+    def __init__(self, directory: Path, data: Dataset, *, on_gpu: bool) -> None:
         self._directory, self._data = directory, data
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
         test = data.load_test()
         self.digest = digest_of(test)
-        self.test = test.on(self._device)
-        self.taught = _Taught(directory.parent, self._device)
+        self._test = test.on(self._device)
+        self._taught = _Taught(directory.parent, self._device)
 
     def logits(self, run: Run) -> tuple[Tensor, Tensor]:
         """Return a trained run's logits [N, K] and the labels [N]."""
@@ -342,9 +372,66 @@ class _Tester:
         network = network.to(self._device).to(memory_format=run.config.student.memory_format)
         loop = run.config.loop
         if loop is None or loop.test is None:
-            return _logits(network, self._data, self.test)
-        with tf32(self._device, False):
-            return loop.ready().test_logits(run.config, network, self.test), self.test.labels
+            found = _logits(network, self._data, self._test)
+        else:
+            with tf32(self._device, False):
+                found = loop.ready().test_logits(run.config, network, self._test), self._test.labels
+        return found[0].cpu(), found[1].cpu()
+
+    def guesses(self, run: Run) -> Tensor | None:
+        """Return the classes [N] that a run's teacher answers; see `_Taught`."""
+        found = self._taught.guesses(run.config, self._test)
+        return None if found is None else found.cpu()
+
+
+class _LentTester:
+    """A `_Tester` in a process of Ray's, with a share of a GPU of this node until `close`."""
+
+    def __init__(self, directory: Path, data: Dataset, share: float) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # no process of Ray's that has trained is used again: its test split is sealed
+        fresh = {"env_vars": {"TFKD_JUDGES": "1"}}
+        self._actor = (
+            ray.remote(_TesterOfRay)
+            .options(num_cpus=0, num_gpus=share, scheduling_strategy=here, runtime_env=fresh)
+            .remote()
+        )
+        self.digest: str = self._asked("opened", directory, data, own_code.here())
+
+    def logits(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Return what `_Tester.logits` does."""
+        found: tuple[Tensor, Tensor] = self._asked("logits", run)
+        return found
+
+    def guesses(self, run: Run) -> Tensor | None:
+        """Return what `_Tester.guesses` does."""
+        found: Tensor | None = self._asked("guesses", run)
+        return found
+
+    def close(self) -> None:
+        """End the process, and give the GPU back."""
+        ray.kill(self._actor)
+
+    def _asked(self, method: str, *given: Any) -> Any:
+        try:
+            return ray.get(getattr(self._actor, method).remote(*given))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+class _TesterOfRay:
+    """The actor of a `_LentTester`."""
+
+    def opened(self, directory: Path, data: Dataset, home: own_code.Place) -> str:
+        own_code.enter(home)
+        self._tester = _Tester(directory, data, on_gpu=True)
+        return self._tester.digest
+
+    def logits(self, run: Run) -> tuple[Tensor, Tensor]:
+        return self._tester.logits(run)
+
+    def guesses(self, run: Run) -> Tensor | None:
+        return self._tester.guesses(run)
 
 
 class _Taught:
