@@ -26,6 +26,8 @@ from tfkd_ray.verdict.verdict import (
     hedges,
     image_interval,
     judge,
+    merged_notes,
+    over_seeds,
     paired,
     seeds_needed,
     smallest_seen,
@@ -344,6 +346,31 @@ def test_two_seeds_are_judged_and_said() -> None:
     assert v.notes == (
         "n = 2: the spread comes from one difference, so only very large leads can be told from luck",
     )
+    text = " ".join(" ".join(verdict_table(v)).split())
+    assert text.count(v.sentence) == 1 and text.count(v.notes[0]) == 1
+
+
+def test_several_that_two_seeds_cannot_tell_share_a_sentence_and_notes_are_said_once() -> None:
+    unsure = [arm(name, 0.80, 0.95) for name in ("a", "b")]
+    v = judge([*unsure, arm("c", 0.91, 0.92)], [arm("d", 0.92, 0.93), arm("e", 0.87, 0.95)])
+    text = " ".join(" ".join(verdict_table(v)).split())
+    assert text.count("cannot tell of 3 candidates at n = 2: the spread comes from one") == 1
+    assert text.count("n = 2: ") == 1 and "whether a is better" not in text
+    assert "smallest seen > 100" in text and "one of 100 would" in v.candidates[0].sentence
+    notes = ["a: x", "b over d: y", "all: x", "a over e: y", "d: x", "b: z", "a: z"]
+    assert merged_notes(notes, ["a", "b", "d", "e"]) == [
+        "a and d: x", "b over d and a over e: y", "all: x", "b and a: z",
+    ]  # fmt: skip
+    assert merged_notes(["a: x", "b: x"], ["a", "b"]) == ["all arms: x"]
+
+
+def test_the_interval_of_a_mean_accuracy_ends_at_100_per_cent() -> None:
+    runs = [{"accuracy": 0.94}, {"accuracy": 0.99}]
+    s = over_seeds({"name": "a", "runs": runs})
+    assert s.high == 100 and s.low == pytest.approx(96.5 - 2.5 * 12.706, abs=0.01)
+    same = over_seeds({"name": "a", "runs": [runs[0], runs[0]]})
+    assert not np.isfinite(same.high), "no interval"
+    assert NLL.within(-1, 2) == (-1, 2)
 
 
 def test_arms_are_compared_on_their_common_seeds_and_that_is_said() -> None:

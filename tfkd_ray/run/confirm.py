@@ -835,8 +835,9 @@ def outcome_table(result: Tree) -> list[str]:
     lines += _other_metrics(result)
     for found in result["verdicts"]:
         lines += ["", f"--- student {found['student']}", *found["text"]]
-    lines += [""] if result["notes"] else []
-    lines += [line for note in result["notes"] for line in wrapped(f"note: {note}")]
+    notes = verdict.merged_notes(result["notes"], [arm["name"] for arm in result["arms"]])
+    lines += [""] if notes else []
+    lines += [line for note in notes for line in wrapped(f"note: {note}")]
     return lines
 
 

@@ -552,6 +552,8 @@ def _comparison_sections(directory: Path, *, inside: bool = False) -> list[Secti
 
 def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Section]:
     """Return a comparison's sections; `inside` a sweep's report, without the verdict."""
+    from tfkd_ray.verdict.verdict import merged_notes
+
     plan, judged = read_plan(directory), read_judged(directory)
     if not inside:
         yield Section("Verdict", _verdict_boxes(directory))
@@ -560,6 +562,7 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
             *judged["notes"],
             *(note for found in judged["verdicts"] for note in found["notes"]),
         ]
+        notes = merged_notes(notes, [arm["name"] for arm in judged["arms"]])
         listed = "".join(f"<li>{escaped(note)}</li>" for note in notes)
         heat = grid_figure(arm_grids(judged), "grid-of-arms")
         drawn = [*([heat] if heat.panels else []), *_arm_figures(judged)]
@@ -576,6 +579,8 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
 
 
 def _verdict_boxes(directory: Path) -> list[str | Figure]:
+    from tfkd_ray.verdict.verdict import sentences_beside
+
     judged = read_judged(directory)
     if judged is None:
         s = status(directory)["trials"]
@@ -602,7 +607,7 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
         context = (
             f"{judged['title'] or directory.name}; student {found['student']}; {where}{searched}"
         )
-        more = [c["sentence"] for c in found["candidates"] if c["sentence"] != found["sentence"]]
+        more = sentences_beside(found["sentence"], found["candidates"])
         boxes.append(box_html(kind, str(found["verdict"]).capitalize(), text, more, context))
     if not judged["verdicts"]:
         text = f"There are no candidates and baselines of the same student with two runs or more each ({where})."
@@ -769,6 +774,8 @@ def _lead_figures(judged: Tree) -> Iterator[Figure]:
 
 
 def _leads_table(judged: Tree) -> str:
+    from tfkd_ray.verdict.verdict import JudgedMetric
+
     rows = []
     for found in judged["verdicts"]:
         scale = 100.0 if found["metric"]["percent"] else 1.0
@@ -779,7 +786,9 @@ def _leads_table(judged: Tree) -> str:
         for candidate in found["candidates"]:
             for p in candidate["comparisons"]:
                 images = _interval_text(*map(scaled, p["images"])) if p["images"] else "-"
-                seen = "-" if p["smallest_seen"] is None else f"{scale * p['smallest_seen']:.2f}"
+                seen = "-"
+                if p["smallest_seen"] is not None:
+                    seen = JudgedMetric(**found["metric"]).smallest_seen_text(p["smallest_seen"])
                 value = "< 0.001" if p["p"] < 0.001 else f"{p['p']:.3f}"
                 rows.append([candidate["name"], p["over"], str(len(p["seeds"])), f"{scale * p['lead']:.2f}",
                              _interval_text(scaled(p["low"]), scaled(p["high"])), images, value, seen,

@@ -17,8 +17,8 @@ Shapes: n = seeds, N = test images.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -79,6 +79,16 @@ class JudgedMetric:
         if low is None or high is None or not math.isfinite(high - low):
             return "-"
         return f"{self.show(low)} to {self.show(high)}"
+
+    def smallest_seen_text(self, lead: float) -> str:
+        """Return the smallest lead that would be seen; no lead of a share is above 100 points."""
+        return "> 100" if self.percent and lead > 1 else self.show(lead)
+
+    def within(self, low: float, high: float) -> tuple[float, float]:
+        """Return the part of a finite interval of a mean that is possible: a share is in [0, 1]."""
+        if not self.percent or not math.isfinite(high - low):
+            return low, high
+        return max(low, 0.0), min(high, 1.0)
 
     @property
     def unit(self) -> str:
@@ -185,11 +195,13 @@ def summary(arm: JudgedArm) -> Summary:
 def over_seeds(arm: Tree) -> Summary:
     """Return the test accuracy of an arm of confirm.json over its runs, in per cent.
 
-    The mean of no run, and the spread of fewer than two, are NaN.
+    The mean of no run, and the spread of fewer than two, are NaN. The interval ends at 0 and 100.
     """
     values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
     if len(values) > 1:
-        return summary(JudgedArm(arm["name"], tuple(range(len(values))), values))
+        s = summary(JudgedArm(arm["name"], tuple(range(len(values))), values))
+        low, high = (100 * end for end in ACCURACY.within(s.low / 100, s.high / 100))
+        return replace(s, low=low, high=high)
     return Summary(arm["name"], len(values), *values, *[math.nan] * (4 - len(values)))
 
 
@@ -590,10 +602,9 @@ def _verdict_sentence(
             "would be enough"
         )
     assert c.smallest_seen is not None
-    start += (
-        f"({interval}; {corrected}); one of {metric.show(c.smallest_seen)} would have been seen "
-        "with probability 0.8"
-    )
+    seen = metric.smallest_seen_text(c.smallest_seen)
+    one = "not even one of 100" if seen.startswith(">") else f"one of {seen}"
+    start += f"({interval}; {corrected}); {one} would have been seen with probability 0.8"
     if c.lead <= 0:
         return start
     seeds = f"more than {MOST_SEEDS:,}" if c.needed is None else f"about {c.needed:,}"
@@ -673,9 +684,7 @@ def _verdict_notes(
                 f"{arm.name} has no value at seed {_list(lacking)}: compared on the seeds that both arms have"
             )
     if any(len(c.seeds) == 2 for j in judged for c in j.comparisons):
-        yield (
-            "n = 2: the spread comes from one difference, so only very large leads can be told from luck"
-        )
+        yield TWO_SEEDS
     for j in judged:
         for c in j.comparisons:
             if c.constant and abs(c.lead) > ROUNDING:
@@ -702,6 +711,45 @@ def _notes_on_better(j: Judged, metric: JudgedMetric) -> Sentences:
             )
 
 
+TWO_SEEDS = (
+    "n = 2: the spread comes from one difference, so only very large leads can be told from luck"
+)
+
+
+def sentences_beside(overall: str, candidates: Sequence[Tree]) -> list[str]:
+    """Return the sentences on candidates that the verdict's own sentence does not have.
+
+    Several candidates that two seeds cannot tell share one sentence: the verdict names them.
+    """
+    unsure = [
+        c
+        for c in candidates
+        if c["verdict"] == "cannot tell" and all(len(p["seeds"]) == 2 for p in c["comparisons"])
+    ]
+    together = unsure if len(unsure) > 1 else []
+    alone = [c["sentence"] for c in candidates if c not in together]
+    found = [sentence for sentence in alone if not overall.startswith(sentence)]
+    if together:
+        found.append(f"cannot tell of {len(together)} candidates at {TWO_SEEDS}")
+    return found
+
+
+def merged_notes(notes: Sequence[str], arms: Collection[str]) -> list[str]:
+    """Return notes on arms, each text once, with the names of the arms or pairs that it is about."""
+    about: dict[str, list[str]] = {}
+    for note in notes:
+        name, _, text = note.partition(": ")
+        known = name in arms or set(name.split(" over ")) <= set(arms)
+        names = about.setdefault(text if known else note, [])
+        names += [name] if known else []
+    found = []
+    for text, names in about.items():
+        everyone = len(names) > 1 and set(names) == set(arms)
+        start = "all arms" if everyone else _list(names)
+        found.append(f"{start}: {text}" if names else text)
+    return found
+
+
 def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
     """Return the verdict as lines of at most 80 columns.
 
@@ -712,7 +760,8 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
     table = [f"{metric.name}, {unit}\tn\tmean ± sd\t95 % over seeds"]
     for s in verdict.arms:
         spread = f"{metric.show(s.mean)} ± {metric.show(s.sd)}"
-        table.append(f"{s.name}\t{s.n}\t{spread}\t{metric.interval(s.low, s.high)}")
+        interval = metric.interval(*metric.within(s.low, s.high))
+        table.append(f"{s.name}\t{s.n}\t{spread}\t{interval}")
     lines = in_columns(table, 80) if arms else []
     for j in verdict.candidates:
         table = [f"lead of {j.name}\tlead\t95 % over seeds\tover images\tp"]
@@ -723,7 +772,7 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
             seeds = metric.interval(c.low, c.high)
             table.append(f"  over {c.over}\t{metric.show(c.lead)}\t{seeds}\t{images}\t{p}")
             effect = "-" if c.effect is None else f"{c.effect:z.2f}"
-            seen = "-" if c.smallest_seen is None else metric.show(c.smallest_seen)
+            seen = "-" if c.smallest_seen is None else metric.smallest_seen_text(c.smallest_seen)
             needed = f"{c.needed:,}" if c.needed else "-"
             details.append(
                 f"    n {len(c.seeds)}, effect size {effect}, smallest seen {seen}, seeds needed {needed}"
@@ -733,13 +782,17 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
         for row, detail in zip(rows, details, strict=True):
             lines += [row, detail]
     lines += _described_lines(verdict)
-    lines.append("")
+    told = []
     if verdict.searched is not None:
-        lines.append(
+        told.append(
             f"Candidates are the best of {verdict.searched:,} configurations, on validation."
         )
-    for text in (*(j.sentence for j in verdict.candidates), *(f"note: {n}" for n in verdict.notes)):
-        lines += wrapped(f"{text}.")
+    sentences = sentences_beside(verdict.sentence, verdict.to_json()["candidates"])
+    notes = merged_notes(verdict.notes, [s.name for s in verdict.arms])
+    unsaid = [note for note in notes if not any(note in sentence for sentence in sentences)]
+    for text in (*sentences, *(f"note: {note}" for note in unsaid)):
+        told += wrapped(f"{text}.")
+    lines += ["", *told] if told else []
     return [*lines, "", *wrapped(f"verdict: {verdict.sentence}.")]
 
 
