@@ -531,7 +531,7 @@ def test_best_trials_and_the_report_show_the_mean_with_its_error(
     sweep = read_sweep(experiment, plan)
     assert "(mean of 3 further seeds)" in trial_value(sweep, sweep.ranked(sweep.full)[0])
     page = report(experiment, experiment / "r.html")[0].read_text()
-    assert "Best: t0002-ce" in page and "93.00 ± 0.58" in page
+    assert 'Best: <span class="whole">t0002-ce,</span>' in page and "93.00 ± 0.58" in page
     assert "With ±, it is the mean of further seeds" in page
     (first,) = pareto(sweep.full, ["val_accuracy", "val_ece"])
     assert first.name == "t0003-tfkd_reg", "0.94; the mean of t0001 is 0.91, and 0.95 one run's"

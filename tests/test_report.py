@@ -22,7 +22,8 @@ from tfkd_ray.learn.objectives import NAMES
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show import colours as palette
 from tfkd_ray.show import figures, heat_map
-from tfkd_ray.show.report import report
+from tfkd_ray.show.page import Page, main_html, prose
+from tfkd_ray.show.report import report, report_page
 from tfkd_ray.show.status import read_plan
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.space.ranges import Range
@@ -300,6 +301,42 @@ def test_a_grid_with_further_seeds_has_their_means_and_those_come_before_single_
     drawn = heat_map.grid_figure([found])
     assert drawn.panels[0].heat is not None and drawn.panels[0].heat.best == found.best
     assert "Cells without ± are single runs" in drawn.sentence
+
+
+def test_few_values_of_a_setting_are_all_written_beside_its_axis_and_a_short_table_shows_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make_grid(tmp_path / "e")
+    sweep = figures.read_sweep(experiment, read_plan(experiment))
+    (panel,) = figures.parallel(sweep).panels
+    between = [s for s in panel.series if s.kind == "text"][-1]
+    written = dict(zip(between.text, between.y, strict=True))
+    assert written == pytest.approx({"2": 1 / 3, "4": 2 / 3, "0.5": 0.5})
+
+    def table() -> str:
+        return str(report_page(experiment).sections[1].parts[1])
+
+    assert '"wide tall"' not in table()
+    monkeypatch.setattr("tfkd_ray.show.report.LONGEST_TABLE", 11)
+    assert '"wide tall"' in table() and "The table of 12 trials scrolls." in table()
+
+
+def test_no_line_ends_inside_a_date_or_a_short_name() -> None:
+    text = prose("on 2026-12-01 by <T1-a0.5>")
+    assert text == (
+        'on <span class="whole">2026-12-01</span> by <span class="whole">&lt;T1-a0.5&gt;</span>'
+    )
+    long = "a-" * 13
+    assert prose(long) == long, "it would not fit on a phone"
+
+
+def test_only_an_interrupted_experiment_has_a_warning_colour() -> None:
+    for text, warned in (
+        ("The sweep was interrupted; after tfkd resume x this page follows it again", True),
+        ("The sweep has ended: this is its final report", False),
+    ):
+        html = main_html(Page("x", "", []), text)
+        assert ('<p id="live" class="interrupted"' in html) is warned
 
 
 def test_a_negative_number_is_no_formula_in_a_table_of_a_grid() -> None:

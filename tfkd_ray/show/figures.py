@@ -248,6 +248,14 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     ends = [_ends(p) for p in searched] + [(f"{low:.2f}", f"{high:.2f}")]
     series.append(Series("text", [float(i) for i in range(last + 1)] * 2, [-0.1] * (last + 1) + [1.1] * (last + 1),
                          text=[e[0] for e in ends] + [e[1] for e in ends]))  # fmt: skip
+    between = [
+        (float(axis), _axis_place(p, value), number_text(value)[:12])
+        for axis, p in enumerate(searched)
+        for value in _few_values(p)[1:-1]
+    ]
+    if between:
+        series.append(Series("text", [x - 0.08 for x, _, _ in between], [y for _, y, _ in between],
+                             text=[text for _, _, text in between]))  # fmt: skip
     names = [short_name(p.name).replace("_", "<br>") for p in searched]
     ticks = (
         *((float(i), name) for i, name in enumerate(names)),
@@ -652,6 +660,20 @@ def with_margin(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
+
+
+MOST_TICKS = 8
+"""Most values of a setting that are all written beside its axis."""
+
+
+def _few_values(p: Parameter) -> Sequence[Any]:
+    """Return all values of a setting that has few, in order; else none."""
+    return listed_values(p) if (p.domain.size or math.inf) <= MOST_TICKS else []
+
+
+def listed_values(p: Parameter) -> Sequence[Any]:
+    """Return all values of a setting, in order; empty if they cannot be listed."""
+    return p.domain.values if isinstance(p.domain, Choices) else p.domain.points or []
 
 
 def _ends(p: Parameter) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tfkd_ray.settings.yaml import Tree, Values
-from tfkd_ray.show.figures import Sweep, number_text, searched_of, short_name
+from tfkd_ray.show.figures import Sweep, listed_values, number_text, searched_of, short_name
 from tfkd_ray.show.page import Axis, Figure, Heat, Panel
 from tfkd_ray.show.status import inert
 from tfkd_ray.space.ranges import Choices
@@ -137,7 +137,7 @@ def sweep_grids(sweep: Sweep) -> Iterator[HeatMap]:
             rest = {k: v for k, v in record.parameters.items() if k not in names}
             for value in _cell_values(sweep, record, _text(rest)):
                 runs.setdefault(place, []).append(value)  # type: ignore[arg-type]
-        labels = [[number_text(value) for value in _listed_values(p)] for p in pair]
+        labels = [[number_text(value) for value in listed_values(p)] for p in pair]
         down, across = (short_name(p.name) for p in pair)
         metric = score_of(sweep.metric)
         grid = HeatMap(
@@ -214,13 +214,9 @@ def _pair_of(sweep: Sweep, objective: str) -> tuple[Parameter, Parameter] | None
     return (listed[0], listed[1]) if of_grid and len(listed) > 1 else None
 
 
-def _listed_values(p: Parameter) -> Sequence[Any]:
-    return p.domain.values if isinstance(p.domain, Choices) else p.domain.points or []
-
-
 def _index(p: Parameter, value: Any) -> int | None:
     """Return the place of a value among those of a setting; None if it is not one of them."""
-    values = _listed_values(p)
+    values = listed_values(p)
     if isinstance(p.domain, Choices):
         return values.index(value) if value in values else None
     if not isinstance(value, int | float):

@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,19 @@ def escaped(text: str) -> str:
     return html.escape(text, quote=True)
 
 
+LONGEST_UNBROKEN = 24
+"""Most letters of a word with hyphens, such as a date or an arm's name, that stays on one line."""
+
+
+def prose(text: str) -> str:
+    """Escape a text whose lines break between words, and not at the hyphens of short ones."""
+    parts = []
+    for part in re.split(r"(\s+)", text):
+        unbroken = "-" in part and len(part) <= LONGEST_UNBROKEN
+        parts.append(f'<span class="whole">{escaped(part)}</span>' if unbroken else escaped(part))
+    return "".join(parts)
+
+
 # --- HTML ------------------------------------------------------------------------------------------------------
 
 
@@ -204,9 +218,10 @@ def main_html(page: Page, live: str = "") -> str:
     if page.trials:
         texts = {str(number): list(text) for number, text in page.trials.items()}
         told = f'<script type="application/json" id="trials">{_inert_json(texts)}</script>\n'
-    followed = f'<p id="live" role="status">{escaped(live)}</p>\n' if live else ""
+    kind = ' class="interrupted"' if " was interrupted; " in live else ""
+    followed = f'<p id="live"{kind} role="status">{escaped(live)}</p>\n' if live else ""
     return (
-        f'<main>\n<h1>{escaped(page.title)}</h1>\n<p class="sub">{escaped(page.subtitle)}</p>\n'
+        f'<main>\n<h1>{escaped(page.title)}</h1>\n<p class="sub">{prose(page.subtitle)}</p>\n'
         f"{followed}<nav>{links}</nav>\n{body}{told}</main>\n"
     )
 
@@ -294,10 +309,10 @@ def heat_colours(heat: Heat, value: float) -> tuple[str, str]:
 
 
 def box_html(kind: str, word: str, text: str, more: Sequence[str] = (), context: str = "") -> str:
-    listed = "".join(f"<li>{escaped(sentence)}</li>" for sentence in more)
+    listed = "".join(f"<li>{prose(sentence)}</li>" for sentence in more)
     return (
-        f'<div class="box {kind}"><strong>{escaped(word)}</strong><p>{escaped(text)}</p>'
-        f"{f'<ul>{listed}</ul>' if more else ''}{f'<p class=sub>{escaped(context)}</p>' if context else ''}</div>\n"
+        f'<div class="box {kind}"><strong>{escaped(word)}</strong><p>{prose(text)}</p>'
+        f"{f'<ul>{listed}</ul>' if more else ''}{f'<p class=sub>{prose(context)}</p>' if context else ''}</div>\n"
     )
 
 

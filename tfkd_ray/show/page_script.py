@@ -41,7 +41,7 @@ p { margin: .3rem 0 .6rem; max-width: 50rem; overflow-wrap: anywhere; }
 a { color: inherit; }
 .sub { color: var(--soft); }
 #live { border-left: .5rem solid #009e73; background: var(--box); padding: .4rem 1rem; }
-#live.lost { border-color: #d55e00; background: var(--no); }
+#live.lost, #live.interrupted { border-color: #d55e00; background: var(--no); }
 html:has(#live) { overflow-anchor: none; }
 nav { margin: .8rem 0; font-size: .9rem; }
 nav a { margin-right: 1rem; overflow-wrap: anywhere; }
@@ -58,6 +58,7 @@ th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; 
 td { overflow-wrap: anywhere; }
 th { font-weight: 600; vertical-align: bottom; }
 .short { white-space: pre; }
+.whole { white-space: nowrap; }
 .controls { display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: baseline; margin: .4rem 0;
   font-size: .9rem; }
 .controls[hidden] { display: none; }
@@ -100,7 +101,7 @@ pre { overflow-x: auto; font-size: .8rem; background: var(--box); padding: .6rem
   .rows tr { border-bottom: 1px solid var(--rule); padding: .4rem 0; }
   .rows td:empty { display: none; }
   .rows td::before { content: attr(data-label) ": "; color: var(--soft); }
-  .trials td { display: inline; margin-right: .7rem; }
+  .rows.trials td { display: inline-block; margin-right: .7rem; }
   .trials td:first-child::before { content: none; }
   .trials tr[hidden] { display: none; }
 }

@@ -54,6 +54,7 @@ from tfkd_ray.show.page import (
     draw_files,
     escaped,
     page_html,
+    prose,
     table_html,
 )
 from tfkd_ray.show.page_script import css_colour
@@ -331,6 +332,8 @@ def _not_a_verdict(sweep: Sweep) -> str:
 
 # --- tables ----------------------------------------------------------------------------------------------------
 
+LONGEST_TABLE = 24
+"""Most trials in a table that shows all its rows; a longer one scrolls."""
 _ORDER = {"done": 0, "failed": 2}
 """Trials of full length first in the table, then those below it, then failed ones."""
 
@@ -364,16 +367,18 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
         if any(record.further for one in several for record in one.sweep.records)
         else ""
     )
+    short = len(rows) <= LONGEST_TABLE
+    scrolls = "" if short else f" The table of {len(rows):,} trials scrolls."
     return (
         f"<p>The value is the {escaped(score_of(sweep.metric).title)}: after the last epoch, and below full length "
-        f"(circle) after the last rung.{further} Click on a trial here, or on a point or line below, to mark it in "
-        "all views.</p>\n"
+        f"(circle) after the last rung.{further}{scrolls} Click on a trial here, or on a point or line below, to mark "
+        "it in all views.</p>\n"
         '<div class="controls" hidden><input id="filter" type="search" aria-label="filter" '
         'placeholder="filter: words, or lr&lt;0.1 status=done">'
         '<select id="order" aria-label="order"><option value="">best first</option></select>'
         '<label><input id="only" type="checkbox" style="flex:none"> marked only</label>'
         '<output id="left"></output></div>\n'
-        f'<div class="wide tall"><table class="rows trials"><thead><tr>{top}</tr></thead>'
+        f'<div class="{"wide" if short else "wide tall"}"><table class="rows trials"><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>\n"
     )
 
@@ -563,7 +568,7 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
             *(note for found in judged["verdicts"] for note in found["notes"]),
         ]
         notes = merged_notes(notes, [arm["name"] for arm in judged["arms"]])
-        listed = "".join(f"<li>{escaped(note)}</li>" for note in notes)
+        listed = "".join(f"<li>{prose(note)}</li>" for note in notes)
         heat = grid_figure(arm_grids(judged), "grid-of-arms")
         drawn = [*([heat] if heat.panels else []), *_arm_figures(judged)]
         yield Section("Arms", [_arms_table(judged), *drawn, f"<ul>{listed}</ul>" if notes else ""])
