@@ -20,11 +20,14 @@ from tfkd_ray.cli.fit import told_of_interrupt
 from tfkd_ray.cli.guide import EXAMPLES, GROUPS, SHELLS, overview, verbs_of
 from tfkd_ray.cli.main import _command_of, _parsed_args, _parser, main
 from tfkd_ray.cli.sweep import _print_summary
+from tfkd_ray.cli.terminal import resume_command
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.shortened import without_defaults
+from tfkd_ray.run.tune import build_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.meant import no_such_setting, places_of, settings_below
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml, shipped_files
+from tfkd_ray.show.live import Progress
 from tfkd_ray.show.python import best_config
 from tfkd_ray.show.status import best_of
 from tfkd_ray.space.arms import load_arms
@@ -32,7 +35,7 @@ from tfkd_ray.space.fitted import batch_for, epochs_for, with_setting
 from tfkd_ray.space.search_config import SearchConfig
 from tfkd_ray.space.shipped import shipped_spaces
 from tfkd_ray.space.space import build_space, load_space
-from tfkd_ray.store.experiment import read_experiment
+from tfkd_ray.store.experiment import read_experiment, write_experiment
 
 ALL = {" ".join(words): parser for words, parser in verbs(_parser())}
 PARSERS = {**ALL, **verbs_of(_parser())}
@@ -651,3 +654,45 @@ def commands_printed(text: str) -> Iterator[str]:
     yield from re.findall(r"(?m)^\s*(tfkd [a-z].*?)\s*$", text)
     yield from re.findall(r"`(tfkd [a-z][^`]*)`", text)
     yield from re.findall(r": (tfkd [a-z].*?)\s*$", text)
+
+
+def test_an_experiments_name_is_a_place_in_python_too(here: Path) -> None:
+    make_sweep(here / "tfkd_results/first", 8)
+    assert best_config("first") == best_config("tfkd_results/first")
+    with pytest.raises(ConfigError, match="no such directory"):
+        best_config("second")
+
+
+def test_the_command_to_resume_names_the_cluster_on_which_a_sweep_was_begun(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = here / "tfkd_results/first"
+    for words, rest in (
+        (["tune", "x"], ""),
+        (
+            ["tune", "x", "--address", "10.0.0.1:6379", "--name", "first"],
+            " --address 10.0.0.1:6379",
+        ),
+        (["tune", "x", "--address=auto"], " --address auto"),
+    ):
+        write_experiment(experiment, build_space({"objective": "ce"}).tree, ["tfkd", *words])
+        assert resume_command(experiment) == f"tfkd resume tfkd_results/first{rest}"
+    assert resume_command(here / "nowhere") == "tfkd resume nowhere"
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"callbacks": object()}, "callbacks: needs a list of ray.tune.Callback, got <object"),
+        ({"callbacks": [Progress]}, "callbacks: Progress is a class; give an object of it"),
+        ({"callbacks": [print]}, "callbacks: <built-in function print> is no ray.tune.Callback"),
+        ({"priors": "earlier"}, "priors: needs a list of directories, got 'earlier'"),
+    ],
+)
+def test_one_thing_in_place_of_a_list_is_refused_before_anything_is_written(
+    here: Path, given: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_tuner({"objective": "ce"}, name="y", **given)
+    assert " ".join(str(error.value).split()).startswith(sentence)
+    assert not (here / "tfkd_results").exists()

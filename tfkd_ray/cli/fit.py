@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tfkd_ray.settings.yaml import Tree
     from tfkd_ray.show.waiting import Waiting
 from tfkd_ray.cli.on_end import OnEnd
-from tfkd_ray.cli.terminal import how_made, leave, say_error, shell_word
+from tfkd_ray.cli.terminal import how_made, leave, resume_command, say_error
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED
 
 
@@ -120,7 +120,7 @@ def head_needed(
         again = "run the same command again; teachers that are trained are kept"
         heads = ("experiment.yaml", "confirm.yaml")
         if experiment is not None and any((experiment / name).is_file() for name in heads):
-            again = f"resume with:\n  tfkd resume {shell_word(experiment)}"
+            again = f"resume with:\n  {resume_command(experiment)}"
         say_error(f"stopped: {what}; once a cluster runs again, {again}")
         if end is not None:
             end.run()
@@ -158,7 +158,7 @@ def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> 
             raise
         progress.stop()
         say_error(
-            f"stopped: {trouble}; once that is fixed, resume with:\n  tfkd resume {shell_word(experiment)}"
+            f"stopped: {trouble}; once that is fixed, resume with:\n  {resume_command(experiment)}"
         )
         return None
     finally:
@@ -211,5 +211,5 @@ def _beside(say: Callable[..., None], *words: str) -> threading.Thread:
 
 
 def told_of_interrupt(experiment: Path, how: str | None = None) -> int:
-    say_error(f"{how or 'interrupted'}; resume with:\n  tfkd resume {shell_word(experiment)}")
+    say_error(f"{how or 'interrupted'}; resume with:\n  {resume_command(experiment)}")
     return INTERRUPTED

@@ -22,8 +22,8 @@ from tfkd_ray.cli.terminal import (
     DEFAULT_STORAGE,
     how_made,
     load_file,
+    resume_command,
     say_error,
-    shell_word,
     short_path,
 )
 from tfkd_ray.settings.columns import wrapped
@@ -385,7 +385,7 @@ def status_verb(args: Namespace) -> int:
             for found in follow_status(experiment) if args.follow else [status(experiment)]:
                 lines = [json.dumps(found, indent=1)] if args.json else status_lines(found)
                 if found["state"] == "interrupted" and not args.json:
-                    lines += ["resume with:", f"  tfkd resume {shell_word(experiment)}"]
+                    lines += ["resume with:", f"  {resume_command(experiment)}"]
                 text = "\n".join(lines)
                 if text != shown:
                     if args.follow and sys.stdout.isatty() and sys.__stdout__ is not None:

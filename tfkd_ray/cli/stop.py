@@ -1,12 +1,11 @@
 """The verb `stop`: ask the driver of a sweep to stop trials, or to end."""
 
-import shlex
 import socket
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tfkd_ray.cli.terminal import short_path
+from tfkd_ray.cli.terminal import resume_command
 from tfkd_ray.settings.errors import OK, ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def _stop_all(found: "Experiment") -> int:
         print(
             f"{found.name}: no sign of life of its driver on {driver[1] if driver else '?'}; if it runs, it stops"
         )
-    print(f"resume with:\n  tfkd resume {_word(found)}")
+    print(f"resume with:\n  {resume_command(found.folder)}")
     return OK
 
 
@@ -82,7 +81,3 @@ def _stop_trials(found: "Experiment", trials: list[str]) -> int:
                 f"{name} is asked to stop: nothing runs it now; it ends when the sweep is resumed"
             )
     return OK
-
-
-def _word(found: "Experiment") -> str:
-    return shlex.quote(short_path(found.folder))

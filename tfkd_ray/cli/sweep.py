@@ -26,6 +26,7 @@ from tfkd_ray.cli.terminal import (
     let_end,
     load_file,
     new_name,
+    resume_command,
     say_error,
     shell_word,
     short_path,
@@ -183,9 +184,7 @@ def _fit_and_print(
             if f".{name}: " in progress.ended_by
         )
         how = "ended" if endless else "ended early"
-        print(
-            f"{how}: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
-        )
+        print(f"{how}: {progress.ended_by}; resume with:\n  {resume_command(experiment)} {more}")
     return code if ended else told_of_interrupt(experiment, progress.stopped_by)
 
 

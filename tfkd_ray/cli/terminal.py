@@ -244,6 +244,22 @@ def shell_word(path: Path) -> str:
     return shlex.quote(short_path(path))
 
 
+def resume_command(experiment: Path) -> str:
+    """Return the command that resumes an experiment, on the Ray cluster on which it was begun."""
+    from tfkd_ray.settings.yaml import read_yaml
+
+    begun: list[str] = []
+    for name in ("experiment.yaml", "confirm.yaml"):
+        with contextlib.suppress(ConfigError, OSError, TypeError):
+            begun = [str(word) for word in read_yaml(experiment / name).get("command", [])]
+    words = ["tfkd resume", shell_word(experiment)]
+    for word, value in itertools.pairwise([*begun, ""]):
+        option, equals, given = word.partition("=")
+        if option == "--address":
+            words += ["--address", shlex.quote(given if equals else value)]
+    return " ".join(words)
+
+
 def short_path(path: Path) -> str:
     """Return a path as short as it can be named from here."""
     if (url := _as_given(str(path))) != str(path):

@@ -91,7 +91,7 @@ from tfkd_ray.store.experiment import (
     trials_folder,
     write_experiment,
 )
-from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
+from tfkd_ray.store.storage import DEFAULT, Experiment, Storage, checked, to_continue
 
 MANY_TRIALS = 16
 """Number of concurrent trials from which on their processes are started in parallel."""
@@ -103,7 +103,7 @@ OnTeacher = Callable[[TeacherRun, Tree | None], None]
 """Called with a teacher's run before it is trained (with None) and after (with teacher.json)."""
 OnTeacherEpoch = Callable[[TeacherRun, Numbers], None]
 """Called every other second while a teacher trains, with the metrics of its last epoch."""
-STORAGE = Path("tfkd_results")
+STORAGE = DEFAULT
 """Default directory of experiments and teachers, below the current directory."""
 
 
@@ -149,6 +149,7 @@ def build_tuner(
             None: standard error.
     """
     space, stem = _as_space(space)
+    callbacks, priors = _callbacks(callbacks), _as_list(priors, "priors", "directories")
     run_config = run_config or tune.RunConfig()
     tune_config = tune_config or tune.TuneConfig()
     if problems := list(_ray_config_problems(tune_config, run_config)):
@@ -205,6 +206,24 @@ def build_tuner(
     )
 
 
+def _as_list(given: Any, argument: str, what: str) -> list[Any]:
+    """Return an argument as a list; raise a ConfigError for one thing in place of a list."""
+    if isinstance(given, str | Path) or not isinstance(given, Iterable):
+        raise ConfigError(f"needs a list of {what}, got {given!r}", argument)
+    return list(given)
+
+
+def _callbacks(given: Any) -> list[tune.Callback]:
+    """Return Tune callbacks as a list; raise a ConfigError for anything else."""
+    found = _as_list(given, "callbacks", "ray.tune.Callback")
+    for one in found:
+        if isinstance(one, type):
+            raise ConfigError(f"{one.__name__} is a class; give an object of it", "callbacks")
+        if not isinstance(one, tune.Callback):
+            raise ConfigError(f"{one!r} is no ray.tune.Callback", "callbacks")
+    return found
+
+
 def resume_tuner(
     experiment: Experiment | Path | str,
     *,
@@ -250,6 +269,7 @@ def resume_tuner(
         "max_failed_trials": max_failed_trials,
     }
     _check_budgets(budgets)
+    callbacks, priors = _callbacks(callbacks), _as_list(priors, "priors", "directories")
     found = to_continue(experiment)
     storage, experiment = found.storage, found.folder
     about = read_experiment(experiment)

@@ -1,6 +1,7 @@
 """What a script asks of a finished experiment: its best configuration, its student, its report.
 
-The commands `tfkd export` and `tfkd report` make the same calls. A place is a directory or a URL.
+The commands `tfkd export` and `tfkd report` make the same calls. A place is a directory, a URL, or
+the name of an experiment in ./tfkd_results.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from tfkd_ray.store.storage import (
     all_but_run_states,
     experiment_of,
     is_url,
+    named,
     storage_at,
 )
 
@@ -125,11 +127,11 @@ def _places(
     found = experiment_of(experiment)
     found.storage.fetch_comparisons()
     folder = absolute(found.folder)
-    named = [experiment_of(place).folder for place in comparisons or ()]
+    chosen = [experiment_of(place).folder for place in comparisons or ()]
     beside = [absolute(experiment_of(place).folder) for place in others]
 
     def compared() -> list[Path]:
-        return named or ([] if beside else comparisons_of(folder))
+        return chosen or ([] if beside else comparisons_of(folder))
 
     return folder, compared, beside
 
@@ -143,7 +145,7 @@ def place_of_student(source: Path | str) -> Path:
     from tfkd_ray.show.status import best_of
 
     if not is_url(source):
-        return Path(source)
+        return named(source)
     url, _, trial = str(storage_at(source)).partition("/trials/")
     found = experiment_of(url)
     found.storage.fetch_comparisons()

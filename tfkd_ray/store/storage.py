@@ -342,8 +342,20 @@ def checked(place: Storage | Path | str) -> Storage:
     return storage
 
 
+DEFAULT = Path("tfkd_results")
+"""Where experiments lie unless a storage is named."""
+
+
+def named(place: Path | str) -> Path:
+    """Return a directory; of a name that is none, the experiment's in `DEFAULT`, if it is there."""
+    path = Path(place)
+    if len(path.parts) == 1 and not path.exists() and (DEFAULT / path).exists():
+        return DEFAULT / path
+    return path
+
+
 def experiment_of(place: Experiment | Path | str, want: Want = light) -> Experiment:
-    """Return the experiment at a place, fetched to this node if it is a URL.
+    """Return the experiment at a place or of a name, fetched to this node if it is a URL.
 
     An Experiment is returned unchanged. Raises a ConfigError if the URL holds no experiment, or its
     bucket does not answer.
@@ -351,7 +363,8 @@ def experiment_of(place: Experiment | Path | str, want: Want = light) -> Experim
     if isinstance(place, Experiment):
         return place
     if not is_url(place):
-        return Experiment(storage_at(Path(place).parent), Path(place).name)
+        path = named(place)
+        return Experiment(storage_at(path.parent), path.name)
     store, name = remote.experiment_at(str(place))
     found = Experiment(_mirror(store), name)
     found.storage.fetch(name, want)
@@ -365,7 +378,7 @@ def to_continue(place: Experiment | Path | str) -> Experiment:
     """Return the experiment with all that a driver needs to resume it, its path made absolute."""
     if isinstance(place, Experiment) or is_url(place):
         return experiment_of(place, to_resume)
-    return experiment_of(absolute(place))
+    return experiment_of(absolute(named(place)))
 
 
 def absolute(path: Path | str) -> Path:
