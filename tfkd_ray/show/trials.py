@@ -402,7 +402,7 @@ _FIRST_VALUES = ("val_accuracy", "train_loss", "lr", "seconds", "val_nll")
 """Values of an epoch that a narrow terminal shows first, after the metric of the sweep."""
 
 
-def _fitting(names: Sequence[str], first: str | None, width: int | None) -> list[str]:
+def _values_that_fit(names: Sequence[str], first: str | None, width: int | None) -> list[str]:
     """Return the values of an epoch that fit on a line, in their order.
 
     Args:
@@ -434,7 +434,7 @@ def _log_lines(
         total = record.config.get("epochs", "?") if record else "?"
         for line in metrics[shown:]:
             names = [name for name in line if name != "epoch"]
-            fitting = _fitting(names, metric, width)
+            fitting = _values_that_fit(names, metric, width)
             left_out = len(names) - len(fitting)
             values = "  ".join(f"{name} {line[name]:.4g}" for name in fitting)
             yield f"epoch {line.get('epoch', 0):.0f}/{total}  {values}"
