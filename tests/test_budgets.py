@@ -503,7 +503,7 @@ def test_readers_of_a_sweep_without_a_number_of_trials_count_to_no_end(tmp_path:
     assert status(e)["state"] == "finished"
     report(e, tmp_path / "e.html")
     page = (tmp_path / "e.html").read_text()
-    assert "trials: until a budget is spent" in page and "begun, none stopped" in page
+    assert "trials until a budget is spent" in page and "begun, none stopped" in page
     view = Progress(e, Console(file=io.StringIO(), width=80))
     view.setup()
     assert view.lines(80, 24)[0].startswith("endless: 4 trials, 0 running, ")

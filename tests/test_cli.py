@@ -184,9 +184,11 @@ def test_a_wrong_command_gets_one_message_and_exit_code_2(
 def test_check_says_what_is_searched_fixed_and_conditional(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check", "digits_tfkd", "search.num_samples=40"]) == 0
+    more = "search.finalists={k: 3, seeds: 2}"
+    assert main(["check", "digits_tfkd", "search.num_samples=40", more]) == 0
     out, err = capsys.readouterr()
     assert err == ""
+    assert "then 2 further seeds of the best 3 of each objective: their means choose" in out
     assert "40 trials, 10 for each of 4 objectives, 54 epochs each" in out
     assert "stopped by halving after [6, 18] epochs" in out
     assert re.search(
@@ -200,7 +202,7 @@ def test_check_says_what_is_searched_fixed_and_conditional(
     whole = capsys.readouterr().out
     assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", whole)
     assert max(len(line) for line in whole.splitlines()) <= 80
-    assert len(out.splitlines()) < 30 and max(len(line) for line in out.splitlines()) <= 80
+    assert len(out.splitlines()) < 32 and max(len(line) for line in out.splitlines()) <= 80
 
 
 def test_check_says_what_is_done_with_a_grid(
@@ -781,7 +783,9 @@ def test_check_and_explain_read_arms_files_too(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", "paper/table_9"]) == 0
-    assert "24 arms: mv2, shv2, r18" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "24 arms:\n  mv2 (baseline): ce\n" in out and not out.startswith("\n")
+    assert max(map(len, out.splitlines())) <= 80 and "; teacher, training " in " ".join(out.split())
     assert main(["explain", "paper/table_9"]) == 0
     out = capsys.readouterr().out
     assert (

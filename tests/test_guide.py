@@ -83,6 +83,17 @@ def test_tfkd_help_is_the_same_overview(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == f"{overview(verbs_of(_parser()))}\n"
 
 
+def test_help_is_a_verb_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, same in ((["help"], ["--help"]), (["help", "plan"], ["plan", "--help"])):
+        told = []
+        for line in (words, same):
+            with pytest.raises(SystemExit) as end:
+                main(line)
+            assert end.value.code in (0, None)
+            told.append(capsys.readouterr().out)
+        assert told[0] == told[1] and told[0].startswith("usage: tfkd")
+
+
 @pytest.mark.parametrize("verb", PARSERS)
 def test_every_help_ends_with_two_examples(verb: str) -> None:
     text = PARSERS[verb].format_help()
@@ -214,7 +225,7 @@ def test_the_quick_check_refuses_nothing_that_ships(name: str) -> None:
 WRONG = [
     "", "tun", "tune digits_tfk", "tune digits_tfkd --epochs 3", "tune digits_tfkd lr=3", "train mine.yaml", "tune other.yaml", "confirm nothing",
     "resume nothing", "status nothing", "best nothing", "report nothing", "export nothing", "logs nothing 0", "cluster up nothing",
-    "tensorboard nothing", "compare nothing either", "stop nothing", "init nothing", "completion csh",
+    "tune digits_tfkd --name first", "tensorboard nothing", "compare nothing either", "stop nothing", "init nothing", "completion csh",
 ]  # fmt: skip
 
 
@@ -224,6 +235,7 @@ def test_a_wrong_file_name_key_or_verb_is_answered_before_anything_large_is_impo
     """These imports take most of a second; what is left takes a tenth."""
     (tmp_path / "mine.yaml").write_text("objective: ce\nlr: 0.1\n")
     (tmp_path / "other.yaml").write_text("objective: [{name: kd, temprature: 4}, ce]\n")
+    (tmp_path / "tfkd_results/first").mkdir(parents=True)
     code = (
         "import sys; from tfkd_ray.cli.main import main\n"
         f"for line in {WRONG!r}:\n"

@@ -128,6 +128,13 @@ def test_no_conditional_expression_holds_another() -> None:
     assert nested == []
 
 
+def test_sentences_go_to_standard_error_in_one_way() -> None:
+    """So that their lines end at a space on a terminal; Rich draws by consoles of its own."""
+    sources = {module: (PACKAGE / f"{module}.py").read_text() for module in MODULES}
+    told = [name for name, text in sources.items() if ", file=sys.stderr" in " ".join(text.split())]
+    assert told == ["settings/columns"]
+
+
 def test_contributing_says_where_every_module_is_changed() -> None:
     table = (
         (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## The shape of the code")[0]

@@ -136,6 +136,7 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     announcer.on_experiment_end([trial])
 
     announcer, heard, budget, view = session(tmp_path)  # and retries the failed one
+    budget.seconds_left = view.told_left
     trial = trial_of(tmp_path, "retried")
     announcer.on_trial_start(0, [], trial)
     for epoch in range(1, EPOCHS + 1):
@@ -147,7 +148,8 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     assert read_record(folder).status == "done" and read_record(folder).lost == 1
     events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tb")).Reload()
     assert [s.step for s in events.Scalars("t0000-ce", "val/acc")] == list(range(1, EPOCHS + 1))
-    assert json.loads((tmp_path / "spent.json").read_text())["trial_seconds"] == 2 * EPOCHS
+    spent = json.loads((tmp_path / "spent.json").read_text())
+    assert spent["trial_seconds"] == 2 * EPOCHS and spent["left_s"] > 0
 
 
 def test_a_trial_that_is_set_back_tells_what_it_told_no_second_time(tmp_path: Path) -> None:
@@ -209,6 +211,7 @@ def test_the_order_is_as_it_is_stated(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names(budget=budget, stops=stops, labels=SoftLabels(tmp_path)) == [
         "TensorBoard", "Budget", "Losses", "Recorder", "Stops", "SoftLabels", "Callback", "Progress", "Uploads", "Lock",
     ]  # fmt: skip
+    assert budget.seconds_left == view.told_left
     lock.claim = None
     lock.release()
 

@@ -243,6 +243,17 @@ def test_the_time_left_counts_places_and_what_a_trial_of_its_objective_takes() -
     assert pace.seconds_left(begun, new[:1], None, 37.0) == 2 + 2 + 4  # after b
 
 
+def test_a_process_that_starts_slowly_has_its_whole_run_left() -> None:
+    pace = Pace()
+    pace.started("a", "ce", 0.0)
+    for now in (1.0, 2.0):
+        pace.epoch("a", 1.0, now)
+    pace.ended("a")
+    begun = {"a": Begun("ce", 2, 2, "done"), "b": Begun("ce", 0, 2, "running")}
+    pace.started("b", "ce", 3.0)
+    assert pace.seconds_left(begun, [], None, 60.0) == 2
+
+
 def test_epochs_that_come_in_one_message_share_its_time() -> None:
     pace = Pace()
     pace.started("a", "ce", 0.0)

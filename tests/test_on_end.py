@@ -1,6 +1,7 @@
 """`--on-end`: when the command runs, what it is told, and what is never shown of it."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ NOTE = 'echo "$TFKD_STATUS $TFKD_EXPERIMENT" >> notes'
 @pytest.fixture
 def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let sweeps end at once, in a way that a test chooses; an experiment `e` is there."""
-    make_sweep(tmp_path / "e", 8)
+    make_sweep(tmp_path / "e", 8, search={"num_samples": 9})
     (tmp_path / "e" / "driver.txt").unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep, "join_ray", lambda *args: None)
@@ -64,6 +65,41 @@ def test_the_command_runs_once_and_is_told_how_it_ended(
     ends(**how)
     assert main(["resume", "e", "--on-end", NOTE]) == code
     assert (tmp_path / "notes").read_text() == f"{status} {tmp_path / 'e'}\n"
+
+
+def test_a_sweep_that_has_ended_is_answered_without_ray(
+    ends: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sweep, "join_ray", lambda *args: pytest.fail("Ray starts"))
+    make_sweep(tmp_path / "over", 8)
+    assert main(["resume", "over", "--on-end", NOTE]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("nothing is left to do: all 8 trials of over have ended\nnext:\n")
+    assert "  tfkd resume over --add-trials 8\n" in told
+    assert (tmp_path / "notes").read_text() == f"finished {tmp_path / 'over'}\n"
+    with pytest.raises(pytest.fail.Exception, match="Ray starts"):
+        main(["resume", "over", "--add-trials", "1"])
+
+
+def test_ctrl_c_while_a_teacher_trains_says_what_is_kept_and_how_to_go_on(
+    ends: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ends(error=KeyboardInterrupt())
+    monkeypatch.setattr(sweep, "let_end", lambda: None)
+    words = ["tune", "digits_tfkd", "optim.lr={low: 0.1, high: 0.2}", "--name", "first"]
+    assert main(words) == 130
+    told = " ".join(capsys.readouterr().err.split())
+    assert "so there is nothing to resume. Teachers that are trained are kept, and one in" in told
+    assert told.endswith("tfkd tune digits_tfkd 'optim.lr={low: 0.1, high: 0.2}' --name first")
+    assert main(words[:2]) == 130
+    assert re.search(
+        r"tfkd tune digits_tfkd --name digits_tfkd-\d+-\d+\s$", capsys.readouterr().err
+    )
 
 
 def test_an_error_of_ours_runs_the_command_too(ends: Callable[..., None], tmp_path: Path) -> None:

@@ -310,6 +310,11 @@ def test_the_time_left_is_what_ended_trials_took(small: Path) -> None:
     assert found["rate"] == pytest.approx(28 / 100, rel=0.1)
     left = (18 - 4) + 18  # each is the first one of its objective, which passes every rung
     assert found["left_s"] == pytest.approx(left / found["rate"], rel=1e-6)
+    counted = {"seconds": 100.0, "trial_seconds": 100.0, "left_s": 7000.0}
+    (small / "spent.json").write_text(json.dumps(counted))
+    assert status(small)["left_s"] == pytest.approx(7000, abs=60), "as the driver's view says"
+    os.utime(small / "spent.json", (now - 200, now - 200))
+    assert status(small)["left_s"] < 1000, "an earlier session's is none of this one"
 
 
 def test_epochs_of_an_earlier_session_do_not_count_as_speed(small: Path) -> None:
@@ -561,6 +566,25 @@ def test_csv_json_and_table_say_the_same(sweep: Path) -> None:
     table = trials_table(sweep, **options).splitlines()
     assert [line_.split()[0] for line_ in table] == ["trial", *(r["trial"] for r in rows)]
     assert len(trials_table(sweep, output="csv").splitlines()) == 49
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_and_logs_fit_a_terminal_and_are_whole_in_a_pipe(sweep: Path, width: int) -> None:
+    whole, cut = trials_table(sweep), trials_table(sweep, width=width)
+    assert max(map(len, cut.splitlines())) <= width < max(map(len, whole.splitlines()))
+    assert whole.splitlines()[0].endswith("  settings") and "lsr.alpha=" in whole
+    told = "(lines are cut to the terminal; -o csv and a pipe have all, --columns some)"
+    assert " ".join(cut.split()).endswith(told) and told not in whole
+    epochs = [text for text in logs(sweep, "38", width=width) if text.startswith("epoch")]
+    assert epochs and max(map(len, epochs)) <= width
+    assert all("val_accuracy" in text for text in epochs)
+
+
+def test_a_column_is_named_as_the_table_prints_it(sweep: Path) -> None:
+    rows = json.loads(trials_table(sweep, columns="kd_standardised.alpha", output="json"))
+    values = json.loads(trials_table(sweep, columns="alpha,objective", output="json"))
+    kinds = [row["alpha"] if row["objective"] == "kd_standardised" else None for row in values]
+    assert [row["kd_standardised.alpha"] for row in rows] == kinds and any(kinds)
 
 
 QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {

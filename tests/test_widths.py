@@ -1,19 +1,22 @@
 """What a terminal of 80 or 120 columns shows: no verb has a line that it would break inside a word."""
 
 import io
+import sys
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 from test_guide import PARSERS
 from test_readers import make_sweep
 from test_report import make_comparison
 
 from tfkd_ray.cli.main import _shown_output, main
 from tfkd_ray.cli.sweep import _print_summary
-from tfkd_ray.settings.columns import folded
+from tfkd_ray.settings.columns import folded, to_stderr
+from tfkd_ray.show.live import Progress
 
 COMMANDS = ("tfkd ", "ssh ", "pip ", "make ")
 """Lines that begin so are copied as a whole, and a terminal breaks them without a line end."""
@@ -90,6 +93,18 @@ def test_the_end_of_a_sweep_fits(shown: tuple[int, Terminal], storage: Path) -> 
     with redirect_stdout(screen), redirect_stdout(_shown_output(Namespace(verb="tune"))):
         _print_summary(space, experiment, whole=True)
     assert "best: " in screen.getvalue() and broken(screen.getvalue(), width) == []
+
+
+def test_notes_end_their_lines_at_spaces_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "note: a fifth of each class is the test split, the same ones each time"
+    lines = ["note: a fifth of each class is the test", "  split, the same ones each time"]
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    to_stderr(text)
+    Progress(tmp_path, Console(file=shown, force_terminal=True, width=40)).note(text)
+    assert shown.getvalue().splitlines() == lines * 2
 
 
 def test_a_folded_line_keeps_its_words_and_its_indent() -> None:

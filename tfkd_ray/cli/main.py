@@ -209,6 +209,8 @@ def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
 def _parsed_args(argv: list[str]) -> Namespace:
     """Parse the arguments; also keep them as `words`, with a parser, for jobs that forward them."""
     parser = _parser()
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     if not argv:
         say_error(overview(verbs_of(parser)))
         raise SystemExit(WRONG_INPUT)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.settings.yaml import Tree
+    from tfkd_ray.space.arms import Arm
     from tfkd_ray.space.space import Parameter, Space
     from tfkd_ray.store.experiment import Record
 from tfkd_ray.cli.fit import join_ray
@@ -26,7 +27,7 @@ from tfkd_ray.cli.terminal import (
     say_error,
     short_path,
 )
-from tfkd_ray.settings.columns import wrapped
+from tfkd_ray.settings.columns import terminal_width, wrapped
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, Sentences, in_file
 
 
@@ -71,10 +72,11 @@ def check_verb(args: Namespace) -> int:
             )
         compared = load_arms(args.file, args.overrides)
         example = compared.example
-        listed = f"{len(compared.arms)} arms: {', '.join(arm.name for arm in compared.arms)}"
-        print(compared.title)
-        print(*wrapped(listed), sep="\n")
+        if compared.title:
+            print(*wrapped(compared.title), sep="\n")
+        print(f"{len(compared.arms)} arms:")
         for arm in compared.arms:
+            print(*wrapped(_arm_text(arm), first="  ", rest="    "), sep="\n")
             with in_file(args.file):
                 notes += arm.config.try_own_code()
             ratios.append(unlabelled_ratio(arm.config))
@@ -99,6 +101,15 @@ def check_verb(args: Namespace) -> int:
         for note in batch_notes(example):
             print(*wrapped(f"note: {note}"), sep="\n")
     return OK
+
+
+def _arm_text(arm: "Arm") -> str:
+    """Return an arm's name, role, objective with its settings, and teachers."""
+    from tfkd_ray.show.report import objective_text
+
+    text = f"{arm.name} ({arm.part}): {objective_text(arm.config.objective.tree)}"
+    made = dict.fromkeys(how_made(run) for run in arm.config.teacher_runs())
+    return "; teacher, ".join([text, *made])
 
 
 def _about_data(example: "TrainConfig", ratios: Sequence[float]) -> Sentences:
@@ -187,6 +198,7 @@ def explain_verb(args: Namespace) -> int:
 
 def _describe(space: "Space") -> Sentences:
     """Yield what is searched, for all objectives and for each, line by line."""
+    from tfkd_ray.show.status import counted
     from tfkd_ray.space.relate import warm_points
     from tfkd_ray.verdict.limits import limits_text
 
@@ -203,6 +215,11 @@ def _describe(space: "Space") -> Sentences:
     if search.constraints:
         yield from wrapped(f"constraints on the best trial: {limits_text(search.limits)}")
     yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
+    if search.finalists is not None:
+        again = counted(search.finalists.seeds, "further seed")
+        each = "" if len(space.branches) == 1 else " of each objective"
+        best = f"the best {search.finalists.k}{each}"
+        yield from wrapped(f"then {again} of {best}: their means choose the best trial")
     for point in warm_points(space):
         yield from wrapped(f"tried first: {point.objective}: {point.origin}")
     if shared:
@@ -210,7 +227,9 @@ def _describe(space: "Space") -> Sentences:
         yield from _parameter_lines(shared)
     for branch in space.branches:
         own = [p for p in branch.parameters if p not in shared]
-        yield f"objective {branch.objective}:" + ("" if own else " nothing of its own")
+        yield f"objective {branch.objective}:" + (
+            "" if own else " no settings of its own are searched"
+        )
         yield from _parameter_lines(own)
     for run in space.teacher_runs():
         yield from wrapped(f"teacher, once before the trials: {how_made(run)}")
@@ -368,6 +387,7 @@ def trials_verb(args: Namespace) -> int:
             limit=args.limit,
             output=args.output,
             others=[experiment_of(place).folder for place in args.others],
+            width=terminal_width(sys.stdout),
         )
     )
     return OK
@@ -406,7 +426,8 @@ def logs_verb(args: Namespace) -> int:
     experiment = experiment_of(args.experiment).folder
     try:
         with kept_up_to_date([args.experiment] if args.follow else []):
-            for line in logs(experiment, args.trial, follow=args.follow):
+            width = terminal_width(sys.stdout)
+            for line in logs(experiment, args.trial, follow=args.follow, width=width):
                 print(line, flush=True)
     except KeyboardInterrupt:
         return INTERRUPTED

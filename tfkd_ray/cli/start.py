@@ -24,8 +24,9 @@ def spaces_verb(args: Namespace) -> int:
         if args.about:
             print(*wrapped(space.about, first="    ", rest="    "), sep="\n")
     say_error(
-        "`tfkd init NAME` copies one to change it; ce and lsr are tuned beside the objectives;\n"
-        "all data but digits are read from data.root (`tfkd check NAME` shows it)"
+        "`tfkd init NAME` copies one to change it. ce and lsr are tuned beside the\n"
+        "objectives. All data but digits are read from data.root, which\n"
+        "`tfkd check NAME` shows."
     )
     return OK
 

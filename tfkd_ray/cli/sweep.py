@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from tfkd_ray.cli.terminal import (
     short_path,
 )
 from tfkd_ray.settings.columns import wrapped
-from tfkd_ray.settings.errors import FAILED, OK, ConfigError
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError
 
 # --- tune and resume -------------------------------------------------------------------------------------------
 
@@ -68,11 +69,9 @@ def tune_verb(args: Namespace) -> int:
 
     for line in print_notes(space):
         say_error(line)
-    return _sweep(
-        space,
-        OnEnd(args.on_end, storage.folder / name),
-        storage.folder / name,
-        lambda progress: build_tuner(
+
+    def build(progress: Any) -> Any:
+        return build_tuner(
             space,
             name=name,
             storage=storage,
@@ -82,7 +81,28 @@ def tune_verb(args: Namespace) -> int:
             priors=priors,
             on_budget=progress.end,
             on_note=progress.note,
-        ),
+        )
+
+    try:
+        return _sweep(
+            space, OnEnd(args.on_end, storage.folder / name), storage.folder / name, build
+        )
+    except KeyboardInterrupt:
+        if not space.teacher_runs():
+            raise
+        let_end()
+        say_error(_kept_teachers(args, name))
+        return INTERRUPTED
+
+
+def _kept_teachers(args: Namespace, name: str) -> str:
+    """Return what is kept of a sweep that was interrupted while its teachers trained."""
+    words = [shlex.quote(masked(word)) for word in args.words]
+    words += [] if args.name is not None else ["--name", shlex.quote(name)]
+    return (
+        "tfkd tune: interrupted before a trial ran, so there is nothing to resume. Teachers that are trained are "
+        "kept, and one in training up to its last checkpoint; go on with:\n  tfkd "
+        + " ".join(words)
     )
 
 
@@ -125,6 +145,12 @@ def resume_verb(args: Namespace) -> int:
         space = dataclasses.replace(
             wider, search=wider.search.model_copy(update={"num_samples": samples})
         )
+    changes = (args.space, args.add_trials, args.retry_failed, *(getattr(args, n) for n in BUDGETS))
+    if not any(changes) and (over := _is_over(experiment)):
+        with OnEnd(args.on_end, experiment) as end:
+            print(over)
+            _print_next(space, experiment)
+            return end.of_code(OK)
     join_ray(args.address, space.example.workers)
     from tfkd_ray.run.tune import resume_tuner
 
@@ -146,6 +172,17 @@ def resume_verb(args: Namespace) -> int:
             **{name: getattr(args, name) for name in BUDGETS},
         ),
     )
+
+
+def _is_over(experiment: Path) -> str:
+    """Return a sentence if all trials of a sweep have ended, and none of them is missing."""
+    from tfkd_ray.show.status import status
+
+    found = status(experiment)
+    planned = found["trials"]["planned"]
+    if found["state"] != "finished" or planned is None or found["gone"]:
+        return ""
+    return f"nothing is left to do: all {planned:,} trials of {short_path(experiment)} have ended"
 
 
 def _sweep(space: "Space", end: OnEnd, experiment: Path, build: Callable[[Any], Any]) -> int:
@@ -191,7 +228,6 @@ def _fit_and_print(
 def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print the best trial beside the best baseline; after a full sweep also the next step."""
     from tfkd_ray.show.receipt import receipt_lines
-    from tfkd_ray.space.search_config import Grid
     from tfkd_ray.store.ended import read_briefs
     from tfkd_ray.store.experiment import best, furthest
 
@@ -217,10 +253,17 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
         print("of a few finalists still looks a little better than it is (selection bias).")
     else:
         print("of many trials looks better than it is (selection bias).")
-    where = shell_word(experiment)
     print(f"\nwritten to {short_path(experiment)}")
-    if not whole:
-        return OK
+    if whole:
+        _print_next(space, experiment)
+    return OK
+
+
+def _print_next(space: "Space", experiment: Path) -> None:
+    """Print the commands for a sweep that has ended."""
+    from tfkd_ray.space.search_config import Grid
+
+    where = shell_word(experiment)
     print("next:")
     print(f"  tfkd confirm {where}")
     print(f"  tfkd report {where}")
@@ -229,7 +272,6 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     is_grid = isinstance(space.sampler, Grid)  # which has no more combinations
     if space.search.num_samples is not None and not is_grid:
         print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
-    return OK
 
 
 def _print_counts(

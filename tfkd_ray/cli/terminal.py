@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tfkd_ray.learn.config import TeacherRun, TrainConfig
     from tfkd_ray.space.space import Space
     from tfkd_ray.store.storage import Storage
+from tfkd_ray.settings.columns import to_stderr
 from tfkd_ray.settings.errors import INTERRUPTED, ConfigError
 from tfkd_ray.settings.passwords import shown_override
 
@@ -57,13 +58,8 @@ def leave() -> NoReturn:
 def say_error(text: str) -> None:
     from tfkd_ray.settings.files import legible
 
-    shown = legible(_as_given(text))
-    if sys.stderr.isatty():
-        from tfkd_ray.settings.columns import folded, terminal_width
-
-        shown = folded(shown, terminal_width(sys.stderr) or len(shown))
     try:
-        print(shown, file=sys.stderr, flush=True)
+        to_stderr(legible(_as_given(text)))
     except OSError:  # nobody can read it, as on a full disk: the exit code still tells
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -136,6 +132,8 @@ def check_names(args: Namespace) -> None:
         if not elsewhere:
             _check_sweep_or_arms(args.file)
     elif hasattr(args, "overrides"):
+        if args.verb == "tune" and not elsewhere:
+            _check_unused_name(args)
         _check_settings(args.file, args.overrides)
     if elsewhere:
         return
@@ -144,6 +142,17 @@ def check_names(args: Namespace) -> None:
     for place in [*given, *itertools.chain(*several)]:
         if isinstance(place, Path):
             _check_experiment(place)
+
+
+def _check_unused_name(args: Namespace) -> None:
+    """Raise a ConfigError for a name that an experiment here has."""
+    from tfkd_ray.store.experiment import check_name, check_new
+
+    if args.name is None or not isinstance(args.storage, Path):
+        return
+    check_name(args.name)
+    if args.storage.is_dir():
+        check_new(args.storage.absolute() / args.name)
 
 
 def _check_cluster_file(file: str) -> None:

@@ -22,8 +22,8 @@ from tfkd_ray.launch.verbs import (
     run,
     run_job,
 )
+from tfkd_ray.settings.columns import to_stderr as say
 from tfkd_ray.settings.errors import OK, ConfigError
-from tfkd_ray.settings.errors import to_stderr as say
 from tfkd_ray.settings.files import expanded
 from tfkd_ray.settings.passwords import shown
 from tfkd_ray.settings.yaml import find_file

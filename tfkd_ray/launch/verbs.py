@@ -53,6 +53,7 @@ from tfkd_ray.launch.jobs import (
     submit_command,
 )
 from tfkd_ray.run.auth import own_token, token, token_file, token_in
+from tfkd_ray.settings.columns import to_stderr as say
 from tfkd_ray.settings.errors import (
     FAILED,
     INTERRUPTED,
@@ -62,7 +63,6 @@ from tfkd_ray.settings.errors import (
     ConfigError,
     Unreachable,
 )
-from tfkd_ray.settings.errors import to_stderr as say
 from tfkd_ray.settings.files import expanded
 
 TUNNEL_S = 60

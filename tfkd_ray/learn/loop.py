@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -77,6 +76,7 @@ from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.learn.stopwatch import Stopwatch
 from tfkd_ray.learn.top_labels import COLUMNS, MOST_LOST, share_lost, unpacked
 from tfkd_ray.learn.unlabelled import REST, UnlabelledPart, UnlabelledStream, number_beside
+from tfkd_ray.settings.columns import to_stderr
 from tfkd_ray.settings.errors import ConfigError, Say, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
 
@@ -1268,7 +1268,7 @@ def exploded(metrics: dict[str, float], num_classes: int) -> str | None:
 
 
 def _to_standard_error(text: str) -> None:
-    print(f"tfkd: {text}", file=sys.stderr, flush=True)
+    to_stderr(f"tfkd: {text}")
 
 
 def _unused(student: nn.Module, config: TrainConfig) -> bool:

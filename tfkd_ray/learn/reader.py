@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tfkd_ray.settings.columns import to_stderr
 from tfkd_ray.settings.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _say_once(text: str) -> None:
     """Write what a reader said to stderr, unless another one has said the same."""
     if text and text not in _passed_on:
         _passed_on.add(text)
-        print(text, end="", file=sys.stderr, flush=True)
+        to_stderr(text.removesuffix("\n"))
 
 
 _idle: dict[int, list[_Reader]] = {}

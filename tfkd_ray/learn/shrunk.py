@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tfkd_ray.settings.columns import to_stderr
 from tfkd_ray.settings.files import cache_folder, whole_file
 
 Kind = Literal["none", "raw", 256]
@@ -159,9 +159,7 @@ def _cannot_keep(error: OSError) -> None:
     if folder in _told_of:
         return
     _told_of.add(folder)
-    print(
+    to_stderr(
         f"tfkd: images cannot be kept in {folder}: {error.strerror or error}; each is decoded anew, which gives the "
-        "same pixels and takes longer. Make room there, or set XDG_CACHE_HOME to another place",
-        file=sys.stderr,
-        flush=True,
+        "same pixels and takes longer. Make room there, or set XDG_CACHE_HOME to another place"
     )

@@ -26,7 +26,8 @@ from tfkd_ray.learn.loop import LOOP_VERSION, device_of, train_in
 from tfkd_ray.learn.soft_labels import Bank, Elsewhere
 from tfkd_ray.learn.teacher_input import input_of, input_shape, show, untrained
 from tfkd_ray.learn.weights import load_outside
-from tfkd_ray.settings.errors import ConfigError, Say, check_kind, some_of, to_stderr
+from tfkd_ray.settings.columns import to_stderr
+from tfkd_ray.settings.errors import ConfigError, Say, check_kind, some_of
 from tfkd_ray.settings.files import expanded, json_tree, sha256_of, write_text, write_whole
 from tfkd_ray.settings.yaml import Numbers, Tree
 from tfkd_ray.store.experiment import as_metrics, read_teacher, read_teachers, read_text

@@ -33,7 +33,8 @@ from tfkd_ray.run.epochs import Shelf, shelf_name
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.run.stops import Stops
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, Say, to_stderr
+from tfkd_ray.settings.columns import to_stderr
+from tfkd_ray.settings.errors import ConfigError, Say
 from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, remove_left_behind, write_text
 from tfkd_ray.settings.yaml import Numbers, Tree, Values
 from tfkd_ray.show.listener import Announcer, Listener
@@ -506,6 +507,8 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         self._told = 0.0
         self._wrote = -math.inf
         self._since: Numbers = {}
+        self.seconds_left: Callable[[], float | None] = lambda: None
+        """Estimates the time left; a live view sets it."""
 
     def spent(self) -> Numbers:
         """Return what is spent now, by budget."""
@@ -581,11 +584,19 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
             "seconds": self.spent()["time_budget_s"],
             "trial_seconds": before + self._held(self._clock()),
         }
+        if (left := self.seconds_left()) is not None:
+            counted["left_s"] = left
         text = json.dumps({name: round(value, 3) for name, value in counted.items()})
         write_text(self._experiment / "spent.json", text + "\n")
 
     def __getstate__(self) -> Tree:
-        return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
+        return {
+            **self.__dict__,
+            "_searcher": None,
+            "_on_budget": None,
+            "_clock": None,
+            "seconds_left": None,
+        }
 
 
 def _end_paused(experiment: Path, searcher: OptunaSearcher) -> None:
@@ -796,6 +807,8 @@ def in_order(
         if isinstance(view, Progress):
             view.nodes_starting = starting
             view.stops = stops
+            if budget is not None:
+                budget.seconds_left = view.told_left
     ours: list[Listener] = [tensorboard]
     ours += [] if budget is None else [budget]
     ours += [losses, Recorder(losses, budget, stops=stops, on_note=on_note)]

@@ -7,7 +7,6 @@ A comparison is a directory like an experiment: `confirm.yaml` lists the arms an
 import contextlib
 import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ from tfkd_ray.run.tune import (
     train_teachers,
 )
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.columns import in_columns, wrapped
+from tfkd_ray.settings.columns import in_columns, to_stderr, wrapped
 from tfkd_ray.settings.errors import ConfigError, Say, Sentences, in_file
 from tfkd_ray.settings.files import check_writable, write_text
 from tfkd_ray.settings.yaml import Tree
@@ -148,7 +147,7 @@ def comparison_tuner(
         with in_file(directory):
             notes = arm.config.try_own_code()
         for note in notes:
-            print(f"note: arm {arm.name}: {note}", file=sys.stderr)
+            to_stderr(f"note: arm {arm.name}: {note}")
     config.data.examine()
     prepare(config, storage, notes=(), begun=True)  # each arm's own code was tried above
     lock = Lock(*comparison)

@@ -15,7 +15,8 @@ from typing import Any
 from ray import tune
 
 from tfkd_ray.run.searcher import OptunaSearcher
-from tfkd_ray.settings.errors import Say, to_stderr
+from tfkd_ray.settings.columns import to_stderr
+from tfkd_ray.settings.errors import Say
 from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.show.listener import Listener
 from tfkd_ray.store.assignment import assigned

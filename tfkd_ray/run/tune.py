@@ -66,7 +66,8 @@ from tfkd_ray.run.stops import Stops, drop_stop, end_stopped
 from tfkd_ray.run.studies import close_storage, open_storage, whole_url, without_password
 from tfkd_ray.run.trial import StudentTrial, resources_of
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, Say, Sentences, readable, some_of, to_stderr
+from tfkd_ray.settings.columns import to_stderr
+from tfkd_ray.settings.errors import ConfigError, Say, Sentences, readable, some_of
 from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
@@ -549,11 +550,11 @@ def prepare(
     if config.data.digests:
         config.data.pinned()
     for note in (*notes_on(config.data), *batch_notes(config, begun=begun)):
-        print(f"note: {note}", file=sys.stderr)
+        to_stderr(f"note: {note}")
     guessing_on(config.data)  # which the end of a sweep asks, when the data are gone
     forget_loaded()
     for note in config.try_own_code() if notes is None else notes:
-        print(f"note: {note}", file=sys.stderr)
+        to_stderr(f"note: {note}")
     connect(workers=config.workers)
     forget_lessons()
     check_room(config)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -68,6 +69,12 @@ def terminal_width(stream: Any) -> int | None:
     except (AttributeError, ValueError):  # no stream of text, or closed
         return None
     return shutil.get_terminal_size((USUAL_WIDTH, 24)).columns
+
+
+def to_stderr(text: str) -> None:
+    """Print a sentence to standard error; on a terminal, its lines end at a space."""
+    width = terminal_width(sys.stderr)
+    print(text if width is None else folded(text, width), file=sys.stderr, flush=True)
 
 
 USUAL_WIDTH = 120

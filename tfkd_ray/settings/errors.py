@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,6 @@ Say = Callable[[str], None]
 """Tells a sentence to the user."""
 Sentences = Iterator[str]
 """Sentences, or lines of text, one by one."""
-
-
-def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:

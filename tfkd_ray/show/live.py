@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.columns import fitted, in_columns, on_one_line
+from tfkd_ray.settings.columns import fitted, folded, in_columns, on_one_line
 from tfkd_ray.settings.files import legible
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Numbers, Tree, Values, in_yaml
@@ -33,6 +33,7 @@ from tfkd_ray.show.pace import Begun, Pace, epochs_left
 from tfkd_ray.show.running_arms import ArmSoFar, baselines_by_arm, table_of_arms
 from tfkd_ray.show.status import (
     ExperimentPlan,
+    counted,
     duration,
     error_text,
     further_line,
@@ -160,6 +161,8 @@ class Progress(OwnCallback):
         self._bests: list[float] = []
         """The best value after each trial that ended, once one has full length."""
         self._next_drawing = 0.0
+        self._next_estimate = 0.0
+        self._told_left: float | None = None
         self._looked = -math.inf
         self._waiting = ""
         self.stops: Any = None
@@ -324,8 +327,10 @@ class Progress(OwnCallback):
         if self._cell is not None:
             self._notes.append(text)
         else:
-            whole = not self._console.is_terminal  # a pipe gets each event on one line
-            self._console.print(legible(text), highlight=False, markup=False, soft_wrap=whole)
+            shown = legible(text)
+            if self._console.is_terminal:  # a pipe gets each event on one line
+                shown = folded(shown, self._console.width)
+            self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
     def _end(self, trial: Any, failed: str | None) -> None:
         run = self._run_of(trial)
@@ -385,11 +390,15 @@ class Progress(OwnCallback):
         both = list(self._runs.values())
         runs = [run for run in both if run.of is None]
         count = Counter(run.status for run in runs)
-        count["running"] = sum(run.status == "running" for run in both)
+        going = sum(run.status == "running" for run in both)
         failed = sum(run.status == "failed" for run in both)
-        used = spent(self._experiment, count["running"], since=self._start)
+        used = spent(self._experiment, going, since=self._start)
         left = self._epochs_left(runs) + self._further_left()
-        lines = [self._title(runs, count, used, width), *self._progress(both, used, left, width)]
+        further = going - count["running"]
+        lines = [
+            self._title(runs, count, further, used, width),
+            *self._progress(both, used, left, width),
+        ]
         parts = [*self._speed(both), *self._budgets(used, failed)]
         lines += map(Text, self._joined(parts, width))
         below = [*self._best_so_far(width), *map(Text, self._best_lines(runs, width))]
@@ -401,7 +410,6 @@ class Progress(OwnCallback):
         below += [Text(f"failed: {text}", "red") for text in self._failures[-3:]]
         below += map(Text, self._notes[-2:])
         room = max(3, height - len(lines) - len(below) - 4)
-        going = count["running"]
         rows = self._rows(runs, width, most=max(3, room - min(going, max(2, room // 3)) - 1))
         trials = self._running(both, width, most=max(1, room - len(rows) - 1))
         lines += [Text(""), *rows, *([Text("")] if trials else []), *trials]
@@ -413,11 +421,15 @@ class Progress(OwnCallback):
             line.truncate(width, overflow="ellipsis")
         return shown
 
-    def _title(self, runs: Sequence[_Run], count: Counter[str], used: Numbers, width: int) -> Text:
+    def _title(
+        self, runs: Sequence[_Run], count: Counter[str], further: int, used: Numbers, width: int
+    ) -> Text:
+        """Return the first line: how many trials, and runs with further seeds, there are."""
         over = count["done"] + count["stopped"] + count["failed"]
         planned = "" if self._plan.trials is None else f" of {self._plan.trials:,}"
         paused = f"{count['paused']:,} paused, " if count["paused"] else ""
-        title = f"{over:,}{planned} trials, {count['running']} running, {paused}"
+        more = f"{counted(further, 'further seed')} running, " if further else ""
+        title = f"{over:,}{planned} trials, {count['running']} running, {paused}{more}"
         title += duration(used["seconds"]) + self._left(runs, used)
         name = fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))
         return Text(f"{name}: {title}", "bold")
@@ -449,15 +461,19 @@ class Progress(OwnCallback):
         return Text.assemble((full, style), (empty, "dim"))
 
     def _best_so_far(self, width: int) -> Iterator[Text]:
-        """Yield the best value after each ended trial as a sparkline, from the first to the last."""
+        """Yield the best value after each ended trial as a sparkline, from the first to the last.
+
+        They are of trials' own runs, while means over further seeds are named as such.
+        """
         if len(self._bests) < 2:
             return
+        head = "best so far, of single runs" if self._further else "best so far"
         first, last = f"{self._bests[0]:.4f}", f"{self._bests[-1]:.4f}"
         ends = f" {last}" if first == last else f" {first} to {last}"
         line = ""
         if not self._console.options.ascii_only:
-            line = " " + sparkline(self._bests, max(4, min(width - len(ends) - 13, 60)))
-        yield Text(f"best so far{line}{ends}")
+            line = " " + sparkline(self._bests, max(4, min(width - len(ends) - len(head) - 2, 60)))
+        yield Text(f"{head}{line}{ends}")
 
     def _waits(self, runs: Sequence[_Run]) -> Iterator[str]:
         """Yield what is waited for while no trial trains."""
@@ -504,18 +520,36 @@ class Progress(OwnCallback):
         seconds = time.monotonic() - self._epochs[0] if self._epochs else 0.0
         return (len(self._epochs) - 1) / seconds if seconds > 0 else 0.0
 
-    def _left(self, runs: Sequence[_Run], used: Numbers) -> str:
-        """Return the remaining time at this speed; empty while the speed is unknown."""
+    def told_left(self) -> float | None:
+        """Return the seconds left for `tfkd status`; None while they are unknown.
+
+        They are estimated again as often as the view would be drawn.
+        """
+        now = time.monotonic()
+        if self.begun and now >= self._next_estimate:
+            runs = [run for run in self._runs.values() if run.of is None]
+            left = self._seconds_left(runs)
+            self._told_left = None if left is None or left == math.inf else left
+            self._next_estimate = now + (time.monotonic() - now) / DRAWING
+        return self._told_left
+
+    def _seconds_left(self, runs: Sequence[_Run]) -> float | None:
+        """Return the seconds left at this speed; inf if a budget alone ends the sweep."""
         begun = {run.name: run.begun for run in runs}
         new = self._plan.not_begun(b.row for b in begun.values())
         left = self._pace.seconds_left(begun, new, self._plan.rule, time.monotonic())
         is_over = not new and all(run.status not in ("running", "paused") for run in runs)
         if left is None or (is_over and not self._further_left()):
-            return ""
+            return None
         if rate := self._rate():
             left += self._further_left() / rate
-        if self._plan.trials is None:
-            left = math.inf
+        return math.inf if self._plan.trials is None else left
+
+    def _left(self, runs: Sequence[_Run], used: Numbers) -> str:
+        """Return the remaining time at this speed; empty while the speed is unknown."""
+        left = self._seconds_left(runs)
+        if left is None:
+            return ""
         budget = (self._search.time_budget_s or math.inf) - used["seconds"]
         if budget < left:
             return f", {duration(max(0.0, budget))} left of the time budget"

@@ -249,11 +249,14 @@ class Pace:
             return self._seconds_of_pausing(list(begun.values()), new, rule)
         shares = _shares_going_on(list(begun.values()), new, rule)
         start = statistics.median(self._starts) if self._starts else 0.0
-        going = [
-            _Left(run.row, begun[name], 0.0 if run.begun else start, now - run.since)
-            for name, run in self._running.items()
-            if name in begun
-        ]
+        going = []
+        for name, run in self._running.items():
+            if name in begun:
+                waited = now - run.since
+                before = 0.0 if run.begun else max(0.0, start - waited)
+                # a start that takes longer than others took leaves the whole training
+                gone = waited if run.begun else 0.0
+                going.append(_Left(run.row, begun[name], before, gone))
         later = [_Left(row, Begun(row, 0, full, ""), start, 0.0) for row, full in new]
         epoch_s = {row: self._epoch_s(row) for row in shares}
 

@@ -207,9 +207,10 @@ def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
         if s["trials"][key]
     )  # fmt: skip
     made = f"{plan.created[:16].replace('T', ' ')}; report of {time.strftime('%Y-%m-%d %H:%M')}"
-    ran = f"{'runs' if plan.kind == 'comparison' else 'trials'}: {_planned(plan)}"
+    kind = "runs" if plan.kind == "comparison" else "trials"
+    ran = f"{kind} {_planned(plan)}" if plan.trials is None else f"{plan.trials:,} {kind} planned"
     name = f"{experiment.absolute().name}: " if plan.kind == "comparison" else ""
-    return f"{name}{what}, {s['state']}; {ran}{': ' + counts if counts else ''}; begun {made}"
+    return f"{name}{what}, {s['state']}; {ran}{', ' + counts if counts else ''}; begun {made}"
 
 
 def _planned(plan: ExperimentPlan) -> str:
@@ -277,8 +278,8 @@ def _figures(sweep: Sweep) -> Iterator[Section]:
         if title == "Training" and lacking:
             open_questions = escaped("; ".join(lacking))
             parts.append(
-                f'<p class="sub">Too few to tell ({FEWEST} trials at one epoch are needed, and for the rungs '
-                f"{MIN_TRIALS} of full length): {open_questions}.</p>"
+                f'<p class="sub">There are too few trials to tell: {open_questions}. It takes {FEWEST} that '
+                f"reached the same epoch, and {MIN_TRIALS} of full length to judge the rungs.</p>"
             )
         if parts:
             yield Section(title, parts)
@@ -485,7 +486,7 @@ def _equivalence(record: Record) -> str:
     if amount.residual < EXPLAIN_TOLERANCE:
         scale = f"{amount.lsr.loss_scale:.3g}"
         return f"this equals label smoothing {lsr} times {scale} within {amount.residual:.1g} of its gradient{teacher}"
-    return f"no label smoothing: the nearest, {lsr}, leaves {100 * amount.residual:.0f} % of its gradient{teacher}"
+    return f"not label smoothing: the nearest, {lsr}, differs by {100 * amount.residual:.0f} % of the gradient{teacher}"
 
 
 def _receipt(sweep: Sweep) -> str:
@@ -497,7 +498,7 @@ def _receipt(sweep: Sweep) -> str:
     by_hand = [r.name for r in sweep.all if r.status == "stopped" and r.reason]
     if by_hand:
         rows.append(["stopped for another reason", some_of(by_hand, 10)])
-    time = f"{duration(seconds)} (h:mm:ss or m:ss), all {'runs' if len(runs) > len(sweep.all) else 'trials'} together"
+    time = f"{duration(seconds)}, all {'runs' if len(runs) > len(sweep.all) else 'trials'} together"
     return table_html(["", ""], [*rows, ["time inside the training loop", time]])
 
 
@@ -544,7 +545,7 @@ def _reproduce(plan: ExperimentPlan, experiment: Path) -> Sentences:
         )
     yield table_html(["", ""], rows)
     tree = about.get("space") or about.get("compared") or {}
-    yield f"<details><summary>Everything as it was understood</summary><pre>{escaped(dump_yaml(tree))}</pre></details>"
+    yield f"<details><summary>All settings as tfkd read them</summary><pre>{escaped(dump_yaml(tree))}</pre></details>"
 
 
 # --- a comparison of arms --------------------------------------------------------------------------------------

@@ -418,7 +418,8 @@ def status(experiment: Path) -> Tree:
     elapsed_s     from its creation until now, or until its last change, pauses included
     ran_s         seconds that drivers ran its trials, all sessions together, without pauses; null in a comparison
     rate          epochs_per_s of all trials together in this session; null if not running
-    left_s        estimate: at each epoch the same share is stopped as so far; null if not running
+    left_s        estimate of the driver, as its live view shows it; if it has none, of a comparison for example: at
+                  each epoch the same share is stopped as so far, at `rate`; null if not running
     failures      the last three: trial, reason (first line)
     stopped       trials that were stopped for another reason than early stopping: trial, reason
     stopping      what `tfkd stop` has asked of the driver that runs: names of trials, or `sweep`
@@ -473,7 +474,7 @@ def status(experiment: Path) -> Tree:
         ),
         "ran_s": spent(experiment, since=since)["seconds"] if sweep else None,
         "rate": rate,
-        "left_s": _left(plan, records, further, rate),
+        "left_s": _seconds_left(experiment, plan, records, further, rate),
         "failures": _last_failures(runs),
         "stopped": [
             {"trial": r.name, "reason": first_line(r.reason)}
@@ -784,11 +785,20 @@ def _ahead(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
     }
 
 
-def _left(
-    plan: ExperimentPlan, records: Sequence[Record], further: Tree | None, rate: float | None
+def _seconds_left(
+    experiment: Path,
+    plan: ExperimentPlan,
+    records: Sequence[Record],
+    further: Tree | None,
+    rate: float | None,
 ) -> float | None:
+    """Return the driver's estimate, as its live view shows it; without one, that by the rate."""
     if not rate or plan.trials is None:
         return None
+    written = _changed(experiment / "spent.json")
+    told = read_spent(experiment).get("left_s")
+    if told is not None and written >= _changed(experiment / "driver.txt"):
+        return max(LEAST_LEFT_S, told - (time.time() - written))
     begun = [
         Begun(plan.row(r), epoch_of(r), int(r.config.get("epochs", 0)), r.status) for r in records
     ]
@@ -796,7 +806,11 @@ def _left(
     left = epochs_left(begun, new, plan.rule)
     if further is not None:
         left += max(0, further["epochs"]["planned"] - further["epochs"]["done"])
-    return left / rate
+    return max(LEAST_LEFT_S, left / rate)
+
+
+LEAST_LEFT_S = 1.0
+"""Least seconds left that are told while an experiment runs."""
 
 
 def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> Numbers:

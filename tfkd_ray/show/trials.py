@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfkd_ray.settings.columns import in_columns, on_one_line
+from rich.cells import cell_len
+
+from tfkd_ray.settings.columns import fitted, in_columns, on_one_line, wrapped
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, some_of
 from tfkd_ray.settings.files import json_tree, opened, read_at_most
 from tfkd_ray.settings.yaml import in_yaml
@@ -63,6 +65,7 @@ def trials_table(
     limit: int | None = None,
     output: str = "table",
     others: Sequence[Path] = (),
+    width: int | None = None,
 ) -> str:
     """Return the trials of an experiment, or of several, as text.
 
@@ -79,6 +82,7 @@ def trials_table(
         limit: maximum number of trials.
         output: `table`, `json` (a list of objects) or `csv`.
         others: more experiments; each trial then has the field `experiment`.
+        width: most columns of a table without `columns`. None: each trial's settings are whole.
     """
     plan = read_plan(experiment)
     rows = [_row(record, plan.metric) for record in read_lasts(experiment)]
@@ -103,7 +107,7 @@ def trials_table(
     if output == "csv":
         return _as_csv(found, chosen or fields)
     if not chosen:
-        return _usual(found, plan)
+        return "\n".join(_usual(found, plan, width))
     cells = ["\t".join(_cell(row, field) for field in chosen) for row in found]
     return "\n".join(in_columns(["\t".join(chosen), *cells]))
 
@@ -135,8 +139,11 @@ def _fields(rows: Sequence[Row]) -> list[str]:
 
 def _known(fields: Sequence[str], metric: str | None) -> set[str]:
     """Return all names that a field may be called by."""
-    ends = (field.rpartition(".")[2] for field in fields)
-    return {*fields, *ends} if metric is None else {*fields, *ends, metric}
+    names = set() if metric is None else {metric}
+    for field in fields:
+        parts = field.split(".")
+        names.update(".".join(parts[k:]) for k in range(len(parts)))
+    return names
 
 
 def _sort_problems(sort: str) -> Sentences:
@@ -280,12 +287,12 @@ def _cell(row: Row, field: str) -> str:
     return on_one_line(cut_short(str(value) if key in TEXTS else in_yaml(value)))
 
 
-def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
+def _usual(rows: Sequence[Row], plan: ExperimentPlan, width: int | None) -> list[str]:
     metric = plan.metric or "train_loss"
     several = any("experiment" in row for row in rows)
     finalists = any("further_seeds" in row for row in rows)
-    head = f"trial\tstatus\tepoch\t{metric}\t" + "further seeds\t" * finalists + "parameters"
-    lines = [f"experiment\t{head}" if several else head]
+    head = f"trial\tstatus\tepoch\t{metric}" + "\tfurther seeds" * finalists
+    lines, settings = [f"experiment\t{head}" if several else head], ["settings"]
     for row in rows:
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
@@ -294,9 +301,24 @@ def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
         trial = on_one_line(cut_short(row["trial"]))
         before = f"{on_one_line(row['experiment'])}\t" if several else ""
         value += f"\t{_mean_cell(row)}" if finalists else ""
-        shown = f"{trial}\t{row['status']}\t{row['epoch']}\t{value}\t{on_one_line(reason)}"
-        lines.append(before + shown)
-    return "\n".join(in_columns(lines))
+        lines.append(f"{before}{trial}\t{row['status']}\t{row['epoch']}\t{value}")
+        settings.append(on_one_line(reason))
+    return _with_last_column(in_columns(lines, width), settings, width)
+
+
+def _with_last_column(lines: Sequence[str], last: Sequence[str], width: int | None) -> list[str]:
+    """Return lines with a last column, cut to a width; then a line says where all of it is."""
+    size = max(map(cell_len, lines))
+    whole = [
+        f"{line}{' ' * (size - cell_len(line))}  {text}".rstrip()
+        for line, text in zip(lines, last, strict=True)
+    ]
+    if width is None or max(map(cell_len, whole)) <= width:
+        return whole
+    return [*(fitted(line, width) for line in whole), *wrapped(_CUT, width)]
+
+
+_CUT = "(lines are cut to the terminal; -o csv and a pipe have all, --columns some)"
 
 
 def _mean_cell(row: Row) -> str:
@@ -309,22 +331,30 @@ def _mean_cell(row: Row) -> str:
 # --- one trial's log -------------------------------------------------------------------------------------------
 
 
-def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5) -> Sentences:
+def logs(
+    experiment: Path,
+    trial: str,
+    *,
+    follow: bool = False,
+    every_s: float = 0.5,
+    width: int | None = None,
+) -> Sentences:
     """Yield a trial's log by line: its epochs and how it ended, with the traceback if it failed.
 
     Args:
         trial: its name, a unique beginning of it (t0007), or its number; or an objective, or an arm:
             the logs of its trials, each below its name.
         follow: wait for more while the trial runs.
+        width: most columns of an epoch's line, which has the values that fit. None: all values.
     """
     plan = read_plan(experiment)
     if trial in plan.rows:
-        return _logs_of_row(experiment, trial, follow)
+        return _logs_of_row(experiment, trial, follow, width)
     folder = folder_of_trial(experiment, trial, list(plan.rows))
-    return _log_lines(experiment, folder, follow, every_s)
+    return _log_lines(experiment, folder, follow, every_s, width)
 
 
-def _logs_of_row(experiment: Path, row: str, follow: bool) -> Sentences:
+def _logs_of_row(experiment: Path, row: str, follow: bool, width: int | None) -> Sentences:
     """Yield the logs of an objective's or an arm's trials, each below its name."""
     plan = read_plan(experiment)
     records = [record for record in read_lasts(experiment) if plan.row(record) == row]
@@ -335,7 +365,8 @@ def _logs_of_row(experiment: Path, row: str, follow: bool) -> Sentences:
         yield f"no trial of {row} has begun"
     for number, record in enumerate(records):
         yield from ["", record.name] if number else [record.name]
-        for line in _log_lines(experiment, record.folder, False, 0):
+        room = None if width is None else width - 2
+        for line in _log_lines(experiment, record.folder, False, 0, room):
             yield f"  {line}"
 
 
@@ -367,8 +398,33 @@ def folder_of_trial(experiment: Path, trial: str, others: Sequence[str] = ()) ->
     )
 
 
-def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> Sentences:
-    shown = 0
+_FIRST_VALUES = ("val_accuracy", "train_loss", "lr", "seconds", "val_nll")
+"""Values of an epoch that a narrow terminal shows first, after the metric of the sweep."""
+
+
+def _values_that_fit(names: Sequence[str], first: str | None, width: int | None) -> list[str]:
+    """Return the values of an epoch that fit on a line, in their order.
+
+    Args:
+        first: the metric of the sweep.
+        width: columns of the line. None: all fit.
+    """
+    if width is None:
+        return list(names)
+    preferred = dict.fromkeys([*([first] if first else []), *_FIRST_VALUES, *names])
+    room, chosen = width - len("epoch 1000/1000"), []
+    for name in preferred:
+        size = len(name) + len("   -1.234e-05")
+        if name in names and size <= room:
+            room -= size
+            chosen.append(name)
+    return [name for name in names if name in chosen]
+
+
+def _log_lines(
+    experiment: Path, folder: Path, follow: bool, every_s: float, width: int | None
+) -> Sentences:
+    shown, metric, left_out = 0, read_plan(experiment).metric, 0
     while True:
         record = record_of(
             folder
@@ -377,12 +433,17 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
         metrics = read_metrics(folder)
         total = record.config.get("epochs", "?") if record else "?"
         for line in metrics[shown:]:
-            values = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "epoch")
+            names = [name for name in line if name != "epoch"]
+            fitting = _values_that_fit(names, metric, width)
+            left_out = len(names) - len(fitting)
+            values = "  ".join(f"{name} {line[name]:.4g}" for name in fitting)
             yield f"epoch {line.get('epoch', 0):.0f}/{total}  {values}"
         shown = max(shown, len(metrics))  # a file that is being replaced may be empty
         if not follow or record is None or record.status != "running" or not alive:
             break
         time.sleep(every_s)
+    if left_out:
+        yield f"({left_out} more values of each epoch do not fit here; | cat shows them)"
     if record is not None:
         state = "interrupted" if record.status == "running" and not alive else record.status
         yield f"{state}: {record.reason[:MOST_TRACE_BYTES]}" if record.reason else state

@@ -488,13 +488,18 @@ def name_of_test(test: str) -> str:
 
 
 def read_spent(experiment: Path) -> Numbers:
-    """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it."""
+    """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it.
+
+    `left_s` is the driver's estimate of the time left, if it had one.
+    """
     path = experiment / "spent.json"
     if not path.exists():
         return {"seconds": 0.0, "trial_seconds": 0.0}
     with damaged(path):
         counted = parse_json(read_text(path))
         found = {name: float(counted[name]) for name in ("seconds", "trial_seconds")}
+        if "left_s" in counted:
+            found["left_s"] = float(counted["left_s"])
         if not all(0 <= value < math.inf for value in found.values()):
             raise ValueError(f"{found}")
     return found
