@@ -480,7 +480,7 @@ def test_init_and_check_say_once_what_is_left_out_and_that_validation_is_small(
     (root / "valid").mkdir()
     assert main(["init", "fashion_tfkd", "--data", "all"]) == 0
     begun = " ".join(capsys.readouterr().err.split())
-    assert "read at 28x28;" in begun and "its student, cnn, has 1,7" in begun
+    assert "read at 28x28;" in begun and "its student, cnn, has 1,517 weights" in begun
     assert main(["check", "fashion_tfkd.yaml"]) == 0
     checked = " ".join(capsys.readouterr().out.split())
     for said in (begun, checked):

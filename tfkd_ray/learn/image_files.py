@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,9 @@ from tfkd_ray.learn.shrunk import Kind, kept_as, kept_bytes, small_images
 from tfkd_ray.settings.errors import ConfigError, Sentences, some_of
 from tfkd_ray.settings.files import cached_file, expanded, free_bytes, opened, read_at_most
 from tfkd_ray.settings.yaml import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEST_SHARE, TEST_SEED = 0.2, 1998
 """Share of each class that is the test split of a single folder, and the seed that chooses it."""
@@ -118,6 +121,12 @@ class TinyImagenet(FileDataset):
         if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
             raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
         return classes
+
+    def read_files(self, paths: Sequence[Path]) -> Tensor:
+        return all_decoded(self.name, paths, self.shape)
+
+    def class_names(self) -> list[str]:
+        return self._wnids(self._folder())
 
     def _official(self, split: Split) -> Labelled:
         import torch
@@ -323,6 +332,17 @@ class FolderDataset(FileDataset):
             files, labels = _part_of(split, files, labels)
         images = self.in_files(self._root, tuple(files))
         return replace(images, labels=torch.tensor(labels))
+
+    def read_files(self, paths: Sequence[Path]) -> Tensor:
+        """Return image files, uint8 [B, 3, S, S]: the short side resized, the centre cut out, RGB."""
+        import torch
+
+        images = self.in_files(Path("/"), tuple(str(path.absolute()) for path in paths))
+        return torch.cat([*images.read([torch.arange(len(paths))])])
+
+    def class_names(self) -> list[str]:
+        """Return the names of the class folders, sorted as they are numbered."""
+        return self._classes("train")
 
     def in_files(self, folder: Path, files: tuple[str, ...]) -> FolderSet:
         import torch
