@@ -173,6 +173,8 @@ def test_a_near_miss_is_answered_with_what_was_meant(
         (["correct_prob"], {"compile"}, "'objective.tfkd_reg.correct_prob'? The objectives tfkd_reg, tfkd_reg_code have"),
         (["optm"], {"optim", "data"}, "optm: no such setting; did you mean 'optim'?"),
         (["optim", "betas"], {"lr", "momentum"}, "optim.betas: no such setting; known: lr, momentum"),
+        (["optim", "learning_rate"], {"lr", "momentum"}, "optim.learning_rate: no such setting; did you mean 'lr'?"),
+        (["wd"], {"optim"}, "wd: no such setting; did you mean 'optim.weight_decay'?"),
         (["xyzzy"], {"optim", "data"}, "xyzzy: no such setting; known: data, optim"),
     ],
 )  # fmt: skip
