@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import is_whole, long_after
+from conftest import ROOT, is_whole, long_after
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tfkd_ray import best_config, load_student, write_report
+from tfkd_ray import best_config, class_names, load_student, read_images, write_report
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.data import Digits
 from tfkd_ray.learn.dataset import Dataset
+from tfkd_ray.learn.images import FolderSet
 from tfkd_ray.learn.loop import LOOP_VERSION, train_in
 from tfkd_ray.learn.teachers import find_or_train, teacher_name
 from tfkd_ray.settings import own_code
@@ -31,6 +33,7 @@ from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import dump_yaml, read_yaml
 from tfkd_ray.show import chosen
 from tfkd_ray.show import export as exporting
+from tfkd_ray.show.card import card_text
 from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, SUMS
 from tfkd_ray.show.export import ExportFailed, export
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
@@ -737,6 +740,56 @@ def test_a_script_gets_the_best_configuration_and_its_student_with_weights(stora
     images = config.data.load()[1].images  # type: ignore[union-attr]
     logits = network((images.float() - mean[0]) / std[0])
     assert logits.shape == (len(images), 10)
+
+
+def test_the_script_of_the_cookbook_names_the_classes_of_image_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(20):
+        for name, colour in (("red", (200, 20, 0)), ("blue", (0, 20, 200))):
+            path = tmp_path / f"photos/{name}/{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20 + k, 30), colour).save(path)
+    tree: dict[str, Any] = {
+        "data": {"name": "image_folder", "root": str(tmp_path / "photos"), "image_size": 8},
+        "student": {"name": "mlp", "hidden": [8]},
+        "objective": "ce",
+        "epochs": 4,
+        "optim": {"lr": 0.05, "batch_size": 4},
+        "schedule": "cosine",
+    }
+    sweep = tmp_path / "tfkd_results/photos"
+    write_experiment(sweep, build_space(tree).tree, ["tfkd", "tune", "photos.yaml"])
+    config, folder = validated(TrainConfig, tree), sweep / "trials/t0000-ce"
+    trained(folder, config, sweep)
+    write_record(
+        Record(folder, 0, folder.name, "ce", "done", {}, config.model_dump(mode="json"), None)
+    )
+    page = (ROOT / "docs/cookbook.md").read_text()
+    (code,) = re.findall(r"```python\n(# classify.py\n.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["classify.py", "photos/red/0.png", "photos/blue/1.png"])
+    exec(code, {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("photos/red/0.png: red,") and second.startswith("photos/blue/1.png: b")
+
+    val = config.data.load()[1]
+    assert isinstance(val, FolderSet)
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in config.data.statistics())
+    (pixels,) = val.read([torch.arange(len(val))])
+    mine = read_images(config, [val.folder / file for file in val.files])
+    assert mine.equal((pixels - mean) / std) and mine.shape[1:] == (3, 8, 8)
+    card = "\n".join(
+        card_text(chosen.choose(sweep, None, None), {"differences": {}, "problems": {}}, [], None)
+    )
+    assert '["blue", "red"]' in card
+
+
+def test_data_without_image_files_say_so_and_their_classes_are_numbers() -> None:
+    config = validated(TrainConfig, {"objective": "ce"})
+    assert class_names(config) == [str(k) for k in range(10)]
+    with pytest.raises(ConfigError, match="data digits: its images come from no image files"):
+        read_images(config, ["3.png"])
 
 
 def test_a_script_picks_a_run_of_a_comparison(storage: Path) -> None:

@@ -32,7 +32,7 @@ from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.learn.optimizers import OptimConfig
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.space.fitted import batch_notes
+from tfkd_ray.space.fitted import size_notes
 
 VIEWS = Augment(resized_crop=True, flip=True)
 
@@ -590,12 +590,13 @@ def test_folders_for_splits_are_not_split_again_and_imagenet_is_none(data: Image
 
 @pytest.mark.parametrize(
     "batch, says",
-    [(4, None), (8, "3 steps"), (18, "one step"), (64, "64 of 18 images to train on: an epoch has one step")],
+    [(2, None), (4, None), (8, "3 steps"), (18, "one step"), (64, "64 of 18 images to train on: an epoch has one step")],
 )  # fmt: skip
 def test_a_batch_that_leaves_few_steps_is_told(
     data: ImageFolder, batch: int, says: str | None
 ) -> None:
-    found = list(batch_notes(config(data, optim=OptimConfig(batch_size=batch))))
+    *found, validation = size_notes(config(data, optim=OptimConfig(batch_size=batch)))
+    assert validation.startswith("validation has 6 images: one image is 16.67 points")
     assert len(found) == (says is not None) and (says or "") in "".join(found)
 
 
@@ -604,11 +605,11 @@ def test_the_batch_of_a_recipe_for_many_images_is_refused(data: ImageFolder) -> 
     for recipe in ("paper", "modern"):
         of_recipe = validated(TrainConfig, {**tree, "recipe": recipe})
         with pytest.raises(
-            ConfigError, match=r"512 of 18 images .* `optim.batch_size: 8` gives more"
+            ConfigError, match=r"512 of 18 images .* `optim.batch_size: 4` gives more"
         ):
-            list(batch_notes(of_recipe))
-        assert "has one step" in "".join(batch_notes(of_recipe, begun=True)), "it goes on"
-    assert not list(batch_notes(validated(TrainConfig, {**tree, "optim": {"batch_size": 4}})))
+            list(size_notes(of_recipe))
+        assert "has one step" in "".join(size_notes(of_recipe, begun=True)), "it goes on"
+    (_,) = size_notes(validated(TrainConfig, {**tree, "optim": {"batch_size": 4}}))
 
 
 def test_an_accuracy_of_guessing_is_told(data: ImageFolder) -> None:

@@ -31,7 +31,7 @@ from tfkd_ray.show.live import Progress
 from tfkd_ray.show.python import best_config
 from tfkd_ray.show.status import best_of
 from tfkd_ray.space.arms import load_arms
-from tfkd_ray.space.fitted import batch_for, epochs_for, with_setting
+from tfkd_ray.space.fitted import batch_for, epochs_for, look_at, with_setting
 from tfkd_ray.space.search_config import SearchConfig
 from tfkd_ray.space.shipped import shipped_spaces
 from tfkd_ray.space.space import build_space, load_space
@@ -187,6 +187,8 @@ def test_a_near_miss_is_answered_with_what_was_meant(
         (["correct_prob"], {"compile"}, "'objective.tfkd_reg.correct_prob'? The objectives tfkd_reg, tfkd_reg_code have"),
         (["optm"], {"optim", "data"}, "optm: no such setting; did you mean 'optim'?"),
         (["optim", "betas"], {"lr", "momentum"}, "optim.betas: no such setting; known: lr, momentum"),
+        (["optim", "learning_rate"], {"lr", "momentum"}, "optim.learning_rate: no such setting; did you mean 'lr'?"),
+        (["wd"], {"optim"}, "wd: no such setting; did you mean 'optim.weight_decay'?"),
         (["xyzzy"], {"optim", "data"}, "xyzzy: no such setting; known: data, optim"),
     ],
 )  # fmt: skip
@@ -396,7 +398,10 @@ def test_init_fits_a_copy_to_a_folder_of_images(
 ) -> None:
     pictures(here / "pictures", 40)
     assert main(["init", name, "--data", "pictures"]) == 0
-    assert "120 images of 3 classes in train, read at 48x48" in capsys.readouterr().err
+    assert (
+        "120 images of 3 classes in train, read at 48x48 (their shorter side is 51 px; a multiple"
+        in capsys.readouterr().err
+    )
     file = f"{name}.yaml"
     is_arms = "arms" in parse_yaml((here / file).read_text(), file)
     config = load_arms(file).example if is_arms else load_space(file).example
@@ -415,7 +420,16 @@ def test_init_fits_a_copy_to_a_folder_of_images(
 
 
 @pytest.mark.parametrize(
-    "images, batch, epochs", [(24, 8, 90), (1_000, 32, 90), (4_000, 128, 90), (100_000, 128, 18)]
+    "images, batch, epochs",
+    [
+        (1, 2, 90),
+        (6, 2, 90),
+        (24, 4, 90),
+        (25, 8, 90),
+        (1_000, 32, 90),
+        (4_000, 128, 90),
+        (100_000, 128, 18),
+    ],
 )
 def test_batch_and_epochs_follow_the_number_of_images(images: int, batch: int, epochs: int) -> None:
     assert batch_for(images) == batch and epochs_for(images, batch) == epochs
@@ -424,19 +438,91 @@ def test_batch_and_epochs_follow_the_number_of_images(images: int, batch: int, e
 @pytest.mark.parametrize(
     "folders, sentence",
     [
-        ([], "no folder `train` in it; images are expected at"),
-        (["train/a"], "1 class folders with 0 images"),
-        (["train/a", "train/b"], "2 class folders with 0 images"),
+        ([], "d has no class folders and no images; put images at d/CLASS/ (they are split), or at"),
+        (["train/a"], "d/train has only one class folder, 'a'; two or more"),
+        (["a/1.png"], "d has only one class folder, 'a'; two or more"),
+        (["train/a", "train/b"], "no image in 2 of 2 class folders: d/train/a, d/train/b; fill or"),
+        (["a/1.png", "b/1.PNG", "c/1.txt"], "no image in 1 of 3 class folders: d/c; fill or remove"),
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b"], "of 4 class folders: d/val/b"),
+        (["1.png", "2.jpg"], "2 images lie directly in d: make a folder for each class"),
+        (["a/1.png", "1.png"], "only one class folder, 'a', and 1 images lie directly in d"),
+        (["val/a/1.png", "val/b/1.png"], "not found: the folder train beside d/val"),
+        (["Training/a/1.png", "valid/a/1.png"], "have the names of splits, not of classes"),
     ],
-)
-def test_init_refuses_a_folder_without_images_with_the_form_that_it_needs(
+)  # fmt: skip
+def test_init_says_what_a_folder_of_images_lacks_and_not_what_the_shipped_data_set_does(
     folders: list[str], sentence: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in ("d", *(f"d/{f}" for f in folders)):
-        (here / folder).mkdir(parents=True, exist_ok=True)
-    assert sentence in answered(capsys, "init digits_tfkd --data d")
+    (here / "d").mkdir()
+    for name in folders:
+        place = here / "d" / name
+        (place.parent if place.suffix else place).mkdir(parents=True, exist_ok=True)
+        if place.suffix:
+            place.touch()
+    for space in ("digits_tfkd", "fashion_tfkd"):
+        said = answered(capsys, f"init {space} --data d")
+        assert sentence in said and "fashion_mnist" not in said
     assert "no such directory" in answered(capsys, "init digits_tfkd --data nowhere")
     assert [p.name for p in here.iterdir()] == ["d"]
+
+
+def test_an_option_with_one_value_is_not_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("init n --data a --data b", "tune n --name a --name=a", "report e -o a --out b"):
+        assert "given twice; give it once" in answered(capsys, words)
+    args = _parsed_args(["trials", "e", "--filter", "a=1", "--filter", "b=2", "--limit", "3"])
+    assert args.filter == ["a=1", "b=2"] and "given_options" not in args
+
+
+def test_a_file_with_such_a_folder_gets_the_same_sentence_and_other_files_their_data_sets(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "d/a").mkdir(parents=True)
+    for data in ("{name: image_folder, root: d}", "{name: image_folder, root: d, num_classes: 2}"):
+        (here / "mine.yaml").write_text(f"data: {data}\nobjective: ce\n")
+        main(["check", "mine.yaml"])
+        assert "has only one class folder, 'a'; two" in " ".join(
+            "".join(capsys.readouterr()).split()
+        )
+    (here / "idx").mkdir()
+    (here / "idx/train.gz").touch()
+    assert "data fashion_mnist: not found" in answered(capsys, "init fashion_tfkd --data idx")
+
+
+def test_init_and_check_say_once_what_is_left_out_and_that_validation_is_small(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = pictures(here / "all", 5, side=27)
+    for name in ("train/cat/a.txt", "val/b.png", "train/.hidden", "val/dog/.c.txt"):
+        (root / name).touch()
+    (root / "valid").mkdir()
+    assert main(["init", "fashion_tfkd", "--data", "all"]) == 0
+    begun = " ".join(capsys.readouterr().err.split())
+    assert "read at 28x28;" in begun and "its student, cnn, has 1,517 weights" in begun
+    assert main(["check", "fashion_tfkd.yaml"]) == 0
+    checked = " ".join(capsys.readouterr().out.split())
+    for said in (begun, checked):
+        assert said.count("2 files are no image in a class folder and left out: a.txt, b.png") == 1
+        assert said.count("these folders are not read: valid;") == 1
+    assert "validation has 3 images: one image is 33.33 points" in checked
+    assert "steps" not in checked and "optim.batch_size 2 " in checked
+
+
+@pytest.mark.parametrize(
+    "side, text",
+    [
+        (28, "28x28"),
+        (105, "104x104 (their shorter side is 105 px; a multiple of 8, which every network takes)"),
+        (500, "224x224 (their shorter side is 500 px; at most 224)"),
+        (5, "8x8 (their shorter side is 5 px; at least 8)"),
+    ],
+)
+def test_the_size_of_images_is_their_own_or_has_a_reason(
+    side: int, text: str, tmp_path: Path
+) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (side, side + 3)).save(tmp_path / name / "0.png")
+    assert look_at(tmp_path).size_text == text
 
 
 @pytest.mark.parametrize("name", ["digits_tfkd", "fashion_mnist_kd"])

@@ -268,7 +268,7 @@ def test_disk_is_that_of_trials_and_teachers_and_the_bank_has_its_own(
     assert found.disk == 5 * 6 * size + 2 * size
     monkeypatch.setenv("TFKD_BANK_GB", "3")
     text = list(lines(plan(build_space(taught))))
-    assert "soft labels: at most 2.8 GiB in each node's cache (TFKD_BANK_GB)" in text
+    assert "soft labels: the limit of each node's cache is 2.8 GiB (TFKD_BANK_GB)" in text
     assert plan(build_space({**taught, "teacher": {**teacher, "labels": "online"}})).bank == 0
 
 

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from tfkd_ray.run.tune import build_tuner, resume_tuner
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.show.live import Progress
-    from tfkd_ray.show.python import best_config, load_student, write_report
+    from tfkd_ray.show.python import (
+        best_config,
+        class_names,
+        load_student,
+        read_images,
+        write_report,
+    )
     from tfkd_ray.show.tensorboard import TensorBoard
     from tfkd_ray.space.space import build_space, load_space
 
@@ -50,9 +56,11 @@ _HOME = {
     "best_config": "show.python",
     "build_space": "space.space",
     "build_tuner": "run.tune",
+    "class_names": "show.python",
     "find_or_train": "learn.teachers",
     "load_space": "space.space",
     "load_student": "show.python",
+    "read_images": "show.python",
     "resume_tuner": "run.tune",
     "train": "learn.loop",
     "write_report": "show.python",
@@ -79,9 +87,11 @@ __all__ = [
     "best_config",
     "build_space",
     "build_tuner",
+    "class_names",
     "find_or_train",
     "load_space",
     "load_student",
+    "read_images",
     "resume_tuner",
     "train",
     "write_report",

@@ -4,7 +4,14 @@
 A new verb needs a line in `GROUPS` and two examples in `EXAMPLES`.
 """
 
-from argparse import Action, ArgumentParser, _SubParsersAction
+from argparse import (
+    Action,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    _StoreAction,
+    _SubParsersAction,
+)
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -121,8 +128,30 @@ SHELLS = ("bash", "zsh", "fish")
 """Shells whose completion `tfkd completion` writes."""
 
 
+GIVEN = "given_options"
+"""Name of the list of given options, while a command line is parsed."""
+
+
+class _Once(_StoreAction):
+    """Stores the value of an option; refuses to store a second one, which would replace it."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = vars(namespace).setdefault(GIVEN, [])
+        if option is not None and self.dest in given:
+            raise ArgumentError(self, "given twice; give it once")
+        given.append(self.dest)
+        super().__call__(parser, namespace, values, option)
+
+
 class Parser(ArgumentParser):
     """Parser of `tfkd` or of one of its verbs."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def add_argument(self, *names: str, **options: Any) -> Action:
         """Add an argument; the help shows one without a dash in capitals, as the docs do."""

@@ -19,7 +19,15 @@ from typing import Any
 
 from tfkd_ray import __version__
 from tfkd_ray.cli.compare import confirm_verb
-from tfkd_ray.cli.guide import SHELLS, Parser, check_verb_words, overview, refuse_rest, verbs_of
+from tfkd_ray.cli.guide import (
+    GIVEN,
+    SHELLS,
+    Parser,
+    check_verb_words,
+    overview,
+    refuse_rest,
+    verbs_of,
+)
 from tfkd_ray.cli.show import (
     best_verb,
     check_verb,
@@ -216,6 +224,7 @@ def _parsed_args(argv: list[str]) -> Namespace:
         raise SystemExit(WRONG_INPUT)
     verb = check_verb_words(parser, argv)
     args, rest = parser.parse_known_args(argv)
+    vars(args).pop(GIVEN, None)
     # argparse takes all positional arguments in one place; overrides may stand between and after
     # options
     if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
@@ -384,8 +393,8 @@ def _parser() -> ArgumentParser:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder of images, DIR/train/CLASS/ and DIR/val/CLASS/: classes, size, recipe, epochs and "
-        "batch size are set for it",
+        help="folder of images, a folder for each class: DIR/CLASS/, which is split, or DIR/train/CLASS/ and "
+        "DIR/val/CLASS/; classes, size, recipe, epochs and batch size are set for it",
     )
     sub.add_argument(
         "-o", "--out", type=Path, metavar="FILE", help="the copy (default: ./NAME.yaml)"

@@ -60,7 +60,7 @@ def check_verb(args: Namespace) -> int:
     from tfkd_ray.show.plan import ratios_of, unlabelled_ratio
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import warnings_of
-    from tfkd_ray.space.fitted import batch_notes
+    from tfkd_ray.space.fitted import size_notes
 
     notes: list[str] = []
     ratios: list[float] = []
@@ -98,7 +98,7 @@ def check_verb(args: Namespace) -> int:
         print(*wrapped(f"note: on this machine {error}"), sep="\n")
         return OK
     if example.data.streams:  # else the images would be loaded
-        for note in batch_notes(example):
+        for note in size_notes(example):
             print(*wrapped(f"note: {note}"), sep="\n")
     return OK
 

@@ -63,9 +63,10 @@ def _on_data(text: str, root: Path, name: str, out: Path) -> str:
     from tfkd_ray.space.fitted import (
         data_of,
         fitted_space,
-        holds_classes,
         look_at,
+        looks_like_images,
         rooted,
+        student_note,
         with_head,
     )
 
@@ -73,7 +74,7 @@ def _on_data(text: str, root: Path, name: str, out: Path) -> str:
         try:
             text = rooted(text, root)
         except ConfigError:
-            if not holds_classes(root):
+            if not looks_like_images(root):
                 raise
         else:
             say_error(f"data.root: {root}")
@@ -82,11 +83,14 @@ def _on_data(text: str, root: Path, name: str, out: Path) -> str:
     text = fitted_space(text, seen)
     place = "train" if seen.single is None else "one folder"
     say_error(
-        f"{root}: {seen.images} images of {seen.classes} classes in {place}, read at {seen.size}x{seen.size}; "
+        f"{root}: {seen.images} images of {seen.classes} classes in {place}, read at {seen.size_text}; "
         "recipe, epochs and batch size are set for this number"
     )
     if seen.single is not None:
         say_error("a fifth of each class is the test split, the same images each time")
+    smallness = student_note(text)
+    for note in (*seen.notes, *([] if smallness is None else [smallness])):
+        say_error(f"note: {note}")
     file, stem = shell_word(out), shell_word(Path(out.stem))
     confirm = f"tfkd confirm {file}"
     if not is_arms_file(name):

@@ -102,7 +102,7 @@ def train_verb(args: Namespace) -> int:
     from tfkd_ray.learn.chance import chance_note
     from tfkd_ray.learn.dataset import notes_on
     from tfkd_ray.settings.files import check_writable, expanded
-    from tfkd_ray.space.fitted import batch_notes
+    from tfkd_ray.space.fitted import size_notes
 
     name = f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = expanded(args.out or args.storage / name).absolute()
@@ -114,7 +114,7 @@ def train_verb(args: Namespace) -> int:
     for note in notes:
         say_error(f"note: {note}")
     config = same_run(config, out)
-    for note in (*notes_on(config.data), *batch_notes(config)):
+    for note in (*notes_on(config.data), *size_notes(config)):
         say_error(f"note: {note}")
     pressed: list[int] = []
 

@@ -15,7 +15,7 @@ import os
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -353,6 +353,17 @@ class Dataset(Settings):
     def statistics(self) -> tuple[Channels, Channels]:
         """Return (mean, std) per channel, pixel units of 0 to 255: the known or measured ones."""
         return (self.mean, self.std) if self.mean and self.std else _measured(self.labelled)
+
+    def read_files(self, paths: Sequence[Path]) -> Tensor:
+        """Return image files as validation has its images, uint8 [B, C, H, W]."""
+        raise ConfigError(
+            f"data {self.name}: its images come from no image files, so that nothing says how to read one; give the "
+            "student images [B, C, H, W] of the same kind, normalised with `data.statistics()`"
+        )
+
+    def class_names(self) -> list[str]:
+        """Return the name of each class, by its number: the numbers, if the classes have no folders."""
+        return [str(k) for k in range(self.num_classes)]
 
     def load_test(self) -> Images:
         """Return the test split; raise in a process that trains trials of a sweep."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,15 +41,22 @@ from tfkd_ray.learn.images import (
     Images,
     all_decoded,
     check_headers,
+    file_names,
     image_names,
+    is_image_name,
 )
 from tfkd_ray.learn.shrunk import Kind, kept_as, kept_bytes, small_images
-from tfkd_ray.settings.errors import ConfigError, Sentences
+from tfkd_ray.settings.errors import ConfigError, Sentences, some_of
 from tfkd_ray.settings.files import cached_file, expanded, free_bytes, opened, read_at_most
 from tfkd_ray.settings.yaml import Tree
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TEST_SHARE, TEST_SEED = 0.2, 1998
 """Share of each class that is the test split of a single folder, and the seed that chooses it."""
+SPLIT_WORDS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+"""Names of folders, in lower case, that hold a split rather than a class."""
 MOST_LIST = 2**24
 """Largest list file that is read; those of Tiny ImageNet have less than a megabyte."""
 
@@ -114,6 +121,12 @@ class TinyImagenet(FileDataset):
         if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
             raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
         return classes
+
+    def read_files(self, paths: Sequence[Path]) -> Tensor:
+        return all_decoded(self.name, paths, self.shape)
+
+    def class_names(self) -> list[str]:
+        return self._wnids(self._folder())
 
     def _official(self, split: Split) -> Labelled:
         import torch
@@ -320,6 +333,17 @@ class FolderDataset(FileDataset):
         images = self.in_files(self._root, tuple(files))
         return replace(images, labels=torch.tensor(labels))
 
+    def read_files(self, paths: Sequence[Path]) -> Tensor:
+        """Return image files, uint8 [B, 3, S, S]: the short side resized, the centre cut out, RGB."""
+        import torch
+
+        images = self.in_files(Path("/"), tuple(str(path.absolute()) for path in paths))
+        return torch.cat([*images.read([torch.arange(len(paths))])])
+
+    def class_names(self) -> list[str]:
+        """Return the names of the class folders, sorted as they are numbered."""
+        return self._classes("train")
+
     def in_files(self, folder: Path, files: tuple[str, ...]) -> FolderSet:
         import torch
 
@@ -377,6 +401,80 @@ def single_folder(root: Path) -> Path | None:
     return root
 
 
+def layout_problem(root: Path) -> str | None:
+    """Return the sentence on a directory that is there and is no folder of image files, else None.
+
+    It looks at folders alone, not at the images in those of the classes.
+    """
+    single = single_folder(root)
+    train = single or root / "train"
+    if single is None and not train.is_dir():
+        splits = [name for name in ("val", "test") if (root / name).is_dir()]
+        if splits:
+            return f"not found: the folder train beside {root / splits[0]}; {form_at(root)}"
+        train = root
+    classes = [p.name for p in class_folders(train)]
+    if len(classes) > 1:
+        if single == root and {name.lower() for name in classes} <= SPLIT_WORDS:
+            return (
+                f"the folders in {root} have the names of splits, not of classes: {', '.join(classes)}; "
+                "rename them to `train` and `val`"
+            )
+        return None
+    loose = len(images_directly_in(train))
+    if loose and not classes:
+        return (
+            f"{loose} images lie directly in {train}: make a folder for each class; {form_at(root)}"
+        )
+    if classes:
+        beside = f", and {loose} images lie directly in {train}" if loose else ""
+        return f"{train} has only one class folder, {classes[0]!r}{beside}; two or more are needed; {form_at(root)}"
+    return f"{train} has no class folders and no images; {form_at(root)}"
+
+
+def form_at(root: Path) -> str:
+    """Return where images are expected, as the end of a sentence."""
+    return f"put images at {root}/CLASS/ (they are split), or at {root}/train/CLASS/ and {root}/val/CLASS/"
+
+
+def split_folders(root: Path) -> list[Path]:
+    """Return the folders that hold class folders: of train and of test, or the one of all splits."""
+    single = single_folder(root)
+    if single is not None:
+        return [single]
+    test = [root / name for name in ("val", "test") if (root / name).is_dir()]
+    return [root / "train", *test[:1]] if (root / "train").is_dir() else []
+
+
+def left_out(root: Path, splits: Sequence[Path]) -> Sentences:
+    """Yield sentences on files and folders of the user's that are not read.
+
+    Args:
+        splits: the folders of class folders that are read.
+    """
+    if splits and root not in splits:
+        known = {*splits, *(split.parent for split in splits)}
+        others = [p.name for p in class_folders(root) if p not in known]
+        if others:
+            yield f"{root}: these folders are not read: {some_of(others)}; validation is cut from train"
+    found = []
+    for split in splits:
+        found += [p.name for p in split.iterdir() if p.is_file() and not p.name.startswith(".")]
+        for folder in class_folders(split):
+            found += [name for name in file_names(folder) if not is_image_name(Path(name).name)]
+    if found:
+        what = "1 file is" if len(found) == 1 else f"{len(found)} files are"
+        yield (
+            f"{root}: {what} no image in a class folder and left out: {some_of(sorted(found))} "
+            f"(images end in {', '.join(IMAGE_SUFFIXES)})"
+        )
+
+
+def images_directly_in(folder: Path) -> list[str]:
+    """Return the names of the image files in a folder, not in the folders below it."""
+    return [p.name for p in folder.iterdir() if is_image_name(p.name) and p.is_file()]
+
+
 class ImageFolder(FolderDataset):
     """Your own image files.
 
@@ -402,13 +500,22 @@ class ImageFolder(FolderDataset):
         if not isinstance(tree.get("root"), str | Path):
             return tree
         root = expanded(tree["root"])
-        folder = root / "train" if (root / "train").is_dir() else single_folder(root)
-        if folder is None:
+        if not root.is_dir():
             return tree
-        return {**tree, "num_classes": len(class_folders(folder))}
+        problem = layout_problem(root)
+        if problem is not None:
+            raise ValueError(problem)
+        return {**tree, "num_classes": len(class_folders(single_folder(root) or root / "train"))}
 
     def _single_folder(self) -> Path | None:
         return single_folder(self._root)
+
+    def _check(self) -> None:
+        """Raise a ConfigError if folders of splits or classes are missing; looks at folders only."""
+        problem = layout_problem(self._root) if self._root.is_dir() else None
+        if problem is not None:
+            raise ConfigError(f"data {self.name}: {problem}")
+        super()._check()
 
     def notes(self) -> Sentences:
         yield from super().notes()
@@ -419,6 +526,7 @@ class ImageFolder(FolderDataset):
                 f"{folder} has no split of its own: {count} images, a fifth of each class, are the test split, the "
                 f"same ones each time; validation is cut from the others"
             )
+        yield from left_out(self._root, split_folders(self._root))
 
 
 class Imagenet(FolderDataset):

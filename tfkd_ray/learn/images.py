@@ -394,8 +394,20 @@ def _unreadable(error: Exception) -> str:
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
+def is_image_name(name: str) -> bool:
+    """Return whether a file ends as image files do, and is not hidden."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def image_names(folder: Path) -> Iterator[str]:
-    """Yield the image files below a folder, relative to it, in any order; links may form cycles.
+    """Yield the image files below a folder, relative to it, in any order; see `file_names`."""
+    return (name for name in file_names(folder) if is_image_name(name.rpartition("/")[2]))
+
+
+def file_names(folder: Path) -> Iterator[str]:
+    """Yield the files below a folder, relative to it, in any order; links may form cycles.
+
+    Names that begin with a dot are skipped.
 
     A folder that cannot be listed raises its OSError.
     """
@@ -416,7 +428,7 @@ def image_names(folder: Path) -> Iterator[str]:
         above |= {f"{place}/{name}": passed for name in folders}
         below = place[len(str(folder)) + 1 :]
         for name in names:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+            if not name.startswith("."):
                 yield f"{below}/{name}" if below else name
 
 

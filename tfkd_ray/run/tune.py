@@ -74,7 +74,7 @@ from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Numbers, Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.show.tensorboard import TensorBoard
-from tfkd_ray.space.fitted import batch_notes
+from tfkd_ray.space.fitted import size_notes
 from tfkd_ray.space.relate import not_comparable, not_superset
 from tfkd_ray.space.search_config import Asha, Pausing, SearchConfig, more_samples
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digests
@@ -549,7 +549,7 @@ def prepare(
     config.data.check()
     if config.data.digests:
         config.data.pinned()
-    for note in (*notes_on(config.data), *batch_notes(config, begun=begun)):
+    for note in (*notes_on(config.data), *size_notes(config, begun=begun)):
         to_stderr(f"note: {note}")
     guessing_on(config.data)  # which the end of a sweep asks, when the data are gone
     forget_loaded()

@@ -12,6 +12,24 @@ from tfkd_ray.settings.known import KNOWN
 
 CLOSED = ("data", "augment", "optim", "schedule", "teacher", "search")
 """Settings below which only those of `KNOWN` may stand, names of networks and losses aside."""
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "t": "temperature",
+    "tau": "temperature",
+    "temp": "temperature",
+    "bs": "batch_size",
+    "batchsize": "batch_size",
+    "num_epochs": "epochs",
+    "n_epochs": "epochs",
+    "max_epochs": "epochs",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "dataset": "data",
+    "loss": "objective",
+    "n_trials": "num_samples",
+}
+"""Names that other programs and papers give to settings, in lower case."""
 IN_RANGES = {"name", "low", "high", "log", "log_complement", "step", "choices"}
 
 
@@ -36,6 +54,9 @@ def no_such_setting(path: Sequence[str], known: Iterable[str]) -> str:
             f"{dotted(path)}: no such setting; YAML wants a blank after the colon: {name}: {value}"
         )
     sentence, near = f"{dotted(path)}: no such setting", near_to(word, known)
+    other = OTHER_NAMES.get(word.lower())
+    if other is not None and (other in known or not above):
+        word, near = other, other if other in known else None
     if near is None and not places_of(word):  # a letter more or less than a setting elsewhere
         word = near_to(word, {name.rpartition(".")[2] for name in KNOWN}, 0.8) or word
     here = f".{'.'.join(path)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
+from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.teachers import known_of, teacher_name
 from tfkd_ray.settings.errors import ConfigError, Sentences
@@ -22,6 +23,7 @@ def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
     """Return the header that the weights file carries."""
     data = chosen.config.data
     mean, std = data.statistics()
+    names = _class_names(data)
     return {
         "format": "pt",
         "name": chosen.name,
@@ -32,9 +34,19 @@ def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
         "num_classes": str(data.num_classes),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
+        **({"class_names": json.dumps(names)} if names else {}),
         "license": licence or "none given",
         "tfkd_ray": importlib.metadata.version("tfkd_ray"),
     }
+
+
+def _class_names(data: Dataset) -> list[str] | None:
+    """Return the names of class folders by the numbers of their classes; None if there are none."""
+    try:
+        names = data.class_names()
+    except ConfigError:  # exported on a machine without the data
+        return None
+    return None if names == [str(k) for k in range(data.num_classes)] else names
 
 
 def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | None) -> Sentences:
@@ -120,6 +132,8 @@ def _use(config: TrainConfig, result: Tree) -> Sentences:
     yield f"  mean {listed(mean)} and std {listed(std)} (pixels 0 to 255)."
     order = "the sorted names of its class folders" if data.streams else "the data set's own order"
     yield f"- Output: logits of {data.num_classes} classes, 0 to {data.num_classes - 1}, in {order}."
+    if names := _class_names(data):
+        yield f"\n```json\n{json.dumps(names)}\n```"
     if result["differences"]:
         yield f"\nCompared with the student on {result['images']} images of {result['split']}:\n"
         yield "| file | largest difference of logits | of the largest logit |\n|---|---:|---:|"

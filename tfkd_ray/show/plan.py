@@ -373,7 +373,7 @@ def lines(
             ends += f" to {found.unlabelled[-1]:g}"
         yield f"unlabelled images: {ends} for each labelled one, in steps and soft labels"
     if found.bank:
-        yield f"soft labels: at most {_bytes_per_epoch(found.bank)} in each node's cache (TFKD_BANK_GB)"
+        yield f"soft labels: the limit of each node's cache is {_bytes_per_epoch(found.bank)} (TFKD_BANK_GB)"
     yield from _hours(found, slots, gpu_hour_price)
 
 

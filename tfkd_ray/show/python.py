@@ -18,7 +18,7 @@ from tfkd_ray.store.storage import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.show.follow import Followed
@@ -46,9 +46,8 @@ def load_student(
 ) -> "nn.Module":
     """Return a trained student with its weights, on the CPU, in eval mode.
 
-    It takes images [B, C, H, W], divided by 255 and normalised with the data set's mean and
-    deviation (`best_config(...).data.statistics()` gives them in units of 0 to 255), and returns
-    logits [B, K]. Never opens the test split.
+    It takes images [B, C, H, W], normalised with the data set's mean and deviation, as
+    `read_images` returns them, and returns logits [B, K]. Never opens the test split.
 
     Args:
         source: directory or URL of a sweep (its best trial), a trial, a run of `tfkd train`, or a
@@ -64,6 +63,38 @@ def load_student(
 
     network, _ = network_of(choose(place_of_student(source), arm, seed))
     return network.requires_grad_(True)
+
+
+def read_images(config: "TrainConfig", paths: Sequence[Path | str]) -> "Tensor":
+    """Return image files as the input of a student: read as validation images are, and normalised.
+
+    Of an image folder, they become RGB and upright; the shorter side is resized to 8/7 of
+    `image_size`, and the centre is cut out.
+
+    Args:
+        config: of the student, such as `best_config` returns.
+        paths: one or more image files.
+
+    Returns:
+        float32 [B, C, H, W].
+
+    Raises:
+        ConfigError: if a file is no image, or the data set has no image files.
+    """
+    import torch
+
+    images = config.data.read_files([Path(path) for path in paths])
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in config.data.statistics())
+    return (images - mean) / std
+
+
+def class_names(config: "TrainConfig") -> list[str]:
+    """Return the name of each class of a configuration's data, in the order of a student's logits.
+
+    Of an image folder, they are the sorted names of the class folders, which must be there; of a
+    data set without folders, the numbers 0 to K - 1.
+    """
+    return config.data.class_names()
 
 
 def write_report(

@@ -1,8 +1,8 @@
 """A search space, as text with its comments, fitted to a folder of images.
 
 The classes and images in DIR/train/CLASS, or in DIR/CLASS, are counted and some are measured; data,
-recipe, epochs and batch size are set accordingly. `batch_notes` judges the batch size of any
-configuration.
+recipe, epochs and batch size are set accordingly. `size_notes` judges the batch size and the
+validation split of any configuration.
 """
 
 import math
@@ -14,9 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.image_files import TEST_SHARE, ImageFolder, class_folders, single_folder
-from tfkd_ray.learn.images import IMAGE_SUFFIXES
-from tfkd_ray.settings.errors import ConfigError, Sentences
+from tfkd_ray.learn.image_files import (
+    TEST_SHARE,
+    ImageFolder,
+    class_folders,
+    form_at,
+    images_directly_in,
+    layout_problem,
+    left_out,
+    single_folder,
+    split_folders,
+)
+from tfkd_ray.learn.images import IMAGE_SUFFIXES, image_names
+from tfkd_ray.settings.errors import ConfigError, Sentences, some_of
 from tfkd_ray.settings.files import opened
 from tfkd_ray.settings.yaml import Tree, dump_yaml, in_yaml, parse_yaml
 from tfkd_ray.space.arms import build_arms
@@ -25,13 +35,21 @@ from tfkd_ray.space.space import build_space
 MEASURED = 50
 """Images whose size is looked at."""
 MOST_PIXELS, LEAST_PIXELS, PIXEL_UNIT = 224, 8, 8
-"""Sizes of images in pixels, and their unit."""
+"""Sizes of images in pixels, and their unit: networks halve them, and cut them into patches."""
+SMALL_PIXELS, SMALL_UNIT = 32, 4
+"""Size below which the unit is smaller, so that 28 pixels stay 28."""
 FITTED_BATCHES = (8, 128)
-"""Smallest and largest batch."""
+"""Smallest and largest batch; for less than 32 images, smaller ones down to `LEAST_BATCH`."""
+LEAST_BATCH = 2
+"""Smallest batch that BatchNorm can learn from."""
 STEPS_AN_EPOCH = 20
 """Fewest steps of an epoch that a batch leaves, if it is not the smallest."""
 FEW_STEPS = 4
 """Steps of an epoch below which a note is given."""
+FEW_TO_VALIDATE = 200
+"""Validation images below which a note is given."""
+FEW_WEIGHTS = 10_000
+"""Weights of a student below which a note is given."""
 FITTED_STEPS = 3000
 """Steps of a trial."""
 FITTED_EPOCHS = (18, 90)
@@ -48,42 +66,71 @@ class SeenImages:
     """Images of the train folder, or of the single folder."""
     single: Path | None
     """The folder that holds the images of all splits; None if each has its own."""
+    side: int
+    """Their usual shorter side, in pixels."""
     size: int
     """Side of the squares in which they are read, in pixels."""
+    notes: tuple[str, ...]
+    """Sentences on what is left out."""
+
+    @property
+    def size_text(self) -> str:
+        """Return the size in which they are read, with the reason if it is not their own."""
+        text = f"{self.size}x{self.size}"
+        if self.size == self.side:
+            return text
+        rule = f"a multiple of {_unit(self.side)}, which every network takes"
+        if self.side > MOST_PIXELS:
+            rule = f"at most {MOST_PIXELS}"
+        elif self.side < LEAST_PIXELS:
+            rule = f"at least {LEAST_PIXELS}"
+        return f"{text} (their shorter side is {self.side} px; {rule})"
 
 
 def look_at(root: Path) -> SeenImages:
     """Return the facts of the images in root/train/CLASS or root/CLASS; a ConfigError without."""
+    if not root.is_dir():
+        what = "is a file, not a directory" if root.exists() else "no such directory"
+        raise ConfigError(f"{what}; {form_at(root)}", root)
+    problem = layout_problem(root)
+    if problem is not None:
+        raise ConfigError(problem)
     single = single_folder(root)
     train = single or root / "train"
-    form = (
-        f"images are expected at {root}/train/CLASS/ and {root}/val/CLASS/, or all at {root}/CLASS/"
+    splits = split_folders(root)
+    found = [list(_images_in(folder)) for folder in class_folders(train)]
+    _check_no_class_is_empty(splits)
+    images = [path for paths in found for path in paths]
+    side = _usual_side(images)
+    notes = tuple(left_out(root, splits))
+    return SeenImages(
+        root.absolute(), len(found), len(images), single, side, _size_for(side), notes
     )
-    if not train.is_dir():
-        what = "no folder `train` in it" if root.is_dir() else "no such directory"
-        raise ConfigError(f"{what}; {form}", root)
-    classes = class_folders(train)
-    found = [path for folder in classes for path in _images_in(folder)]
-    if len(classes) < 2 or not found:
-        raise ConfigError(
-            f"{len(classes)} class folders with {len(found)} images; {form}, of two classes or more",
-            train,
-        )
-    return SeenImages(root.absolute(), len(classes), len(found), single, _usual_side(found))
 
 
-def holds_classes(root: Path) -> bool:
-    """Return whether a folder directly holds folders of images, one for each class."""
-    single = single_folder(root)
-    return single is not None and all(any(_images_in(folder)) for folder in class_folders(single))
+def _check_no_class_is_empty(splits: Iterable[Path]) -> None:
+    """Raise a ConfigError that names the class folders without an image."""
+    folders = [folder for split in splits for folder in class_folders(split)]
+    empty = [str(folder) for folder in folders if next(image_names(folder), None) is None]
+    if not empty:
+        return
+    raise ConfigError(
+        f"no image in {len(empty)} of {len(folders)} class folders: {some_of(empty)}; fill or remove "
+        f"them (images end in {', '.join(IMAGE_SUFFIXES)})"
+    )
+
+
+def looks_like_images(root: Path) -> bool:
+    """Return whether a directory holds folders or image files, or nothing, rather than other files."""
+    return bool(class_folders(root) or images_directly_in(root)) or not any(root.iterdir())
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.name.lower().endswith(IMAGE_SUFFIXES))
+    return [folder / name for name in sorted(image_names(folder))]
 
 
 def _usual_side(images: list[Path]) -> int:
-    """Return the usual shorter side of some images, rounded down to a size that networks take."""
+    """Return the usual shorter side of some images, in pixels."""
     from PIL import Image, UnidentifiedImageError
 
     sides = []
@@ -93,14 +140,28 @@ def _usual_side(images: list[Path]) -> int:
                 sides.append(min(image.size))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
             continue  # the check of all images names it
-    usual = int(statistics.median(sides)) if sides else MOST_PIXELS
-    return max(LEAST_PIXELS, min(MOST_PIXELS, usual // PIXEL_UNIT * PIXEL_UNIT))
+    return int(statistics.median(sides)) if sides else MOST_PIXELS
+
+
+def _size_for(side: int) -> int:
+    """Return the side of squares, for images of this shorter side: rounded down to a unit."""
+    return max(LEAST_PIXELS, min(MOST_PIXELS, side // _unit(side) * _unit(side)))
+
+
+def _unit(side: int) -> int:
+    return SMALL_UNIT if side < SMALL_PIXELS else PIXEL_UNIT
 
 
 def batch_for(images: int) -> int:
-    """Return the batch size for a number of train images: a power of two, 20 steps an epoch."""
+    """Return the batch size for a number of train images: a power of two, 20 steps an epoch.
+
+    A few images have smaller batches, so that an epoch has `FEW_STEPS`.
+    """
     most = max(1, images // STEPS_AN_EPOCH)
-    return max(FITTED_BATCHES[0], min(FITTED_BATCHES[1], 1 << int(math.log2(most))))
+    batch = max(FITTED_BATCHES[0], min(FITTED_BATCHES[1], 1 << int(math.log2(most))))
+    while batch > LEAST_BATCH and math.ceil(images / batch) < FEW_STEPS:
+        batch //= 2
+    return batch
 
 
 def epochs_for(images: int, batch: int) -> int:
@@ -108,16 +169,26 @@ def epochs_for(images: int, batch: int) -> int:
     return max(FITTED_EPOCHS[0], min(FITTED_EPOCHS[1], round(FITTED_STEPS / (images / batch))))
 
 
-def batch_notes(config: TrainConfig, *, begun: bool = False) -> Sentences:
-    """Yield a note if an epoch has one step, or a few; list image files, or load the images.
+def size_notes(config: TrainConfig, *, begun: bool = False) -> Sentences:
+    """Yield notes if an epoch has few steps, or validation few images; list or load the images.
 
     Raises:
         ConfigError: the batch of the recipe, which nobody chose for these images, holds them all,
             and the experiment has not begun.
     """
-    images, batch = len(config.data.load()[0]), config.optim.batch_size
+    train, val = config.data.load()
+    yield from _batch_notes(config, len(train), begun=begun)
+    if val is not None and len(val) < FEW_TO_VALIDATE:
+        yield (
+            f"validation has {len(val)} images: one image is {100 / len(val):.2f} points of accuracy, so that a "
+            "lead of a few images may be chance"
+        )
+
+
+def _batch_notes(config: TrainConfig, images: int, *, begun: bool) -> Sentences:
+    batch = config.optim.batch_size
     steps = math.ceil(images / batch)
-    if steps >= FEW_STEPS:
+    if steps >= FEW_STEPS or batch <= batch_for(images):
         return
     count = "one step" if steps == 1 else f"{steps} steps"
     problem = f"optim.batch_size: {batch} of {images} images to train on: an epoch has {count}"
@@ -169,6 +240,19 @@ def fitted_space(text: str, seen: SeenImages) -> str:
     if parse_yaml(text, "the fitted file") != whole:
         text = "".join(_comment_lines(text)) + "\n" + dump_yaml(whole)
     return text
+
+
+def student_note(text: str) -> str | None:
+    """Return a sentence if the student of a file has few weights, else None."""
+    tree: Tree = parse_yaml(text, "the fitted file")
+    config = (build_arms(tree) if "arms" in tree else build_space(tree)).example
+    weights = config.student.weights(config.data.shape, config.data.num_classes)
+    if weights is None or weights >= FEW_WEIGHTS:
+        return None
+    return (
+        f"its student, {config.student.name}, has {weights:,} weights, which are few for photographs; `student: "
+        "resnet18` is a larger one, and `tfkd plan --probe` estimates the hours"
+    )
 
 
 def _with_batch(optim: Any, batch: int) -> Tree:
