@@ -637,7 +637,7 @@ def test_a_followed_report_is_renewed_in_place(followed: Any) -> None:
     (chosen,) = page.evaluate("document.documentElement.dataset.chosen").split()
     page.evaluate("""() => {
       window.plot = [...document.querySelectorAll('.plot')].find(p => p.dataset.key.startsWith('slices'));
-      window.table = document.querySelector('.tall');
+      window.table = document.querySelector('.wide:has(.trials)');
       Plotly.relayout(plot, {'yaxis.range[0]': 90, 'yaxis.range[1]': 94});
       document.querySelector('details').open = true;
       [...document.querySelectorAll('h2')].find(h => h.textContent === 'Training').scrollIntoView();

@@ -107,7 +107,7 @@ def test_one_table_lists_the_trials_of_several_experiments(sweeps: list[Path]) -
 @pytest.mark.slow
 def test_a_page_of_several_sweeps_has_all_their_trials(sweeps: list[Path], tmp_path: Path) -> None:
     written = report(sweeps[0], tmp_path / "r.html", others=sweeps[1:], figures=tmp_path / "f")
-    assert [path.name for path in written] == ["r.html", "best-curves.svg"]
+    assert [path.name for path in written] == ["r.html", "best-curves.svg", "best-curves.pdf"]
     page = without_plotly(tmp_path / "r.html")
     numbers = re.findall(r'<tr data-trials="(\d+)"', page)
     assert sorted(map(int, numbers)) == list(range(104))

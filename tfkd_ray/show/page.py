@@ -148,7 +148,7 @@ def prose(text: str) -> str:
     """Escape a text whose lines break between words, and not at the hyphens of short ones."""
     parts = []
     for part in re.split(r"(\s+)", text):
-        unbroken = "-" in part and len(part) <= LONGEST_UNBROKEN
+        unbroken = re.search(r"\w-\w", part) and len(part) <= LONGEST_UNBROKEN
         parts.append(f'<span class="whole">{escaped(part)}</span>' if unbroken else escaped(part))
     return "".join(parts)
 

@@ -381,8 +381,12 @@ function renew(old, fresh) {
   const [have, want] = [inside(old), inside(fresh)];
   const alike = want.length > 0 && have.length === want.length && old.nodeName !== 'TBODY'
     && textless(old) && textless(fresh) && want.every((child, i) => kind(child) === kind(have[i]));
-  if (alike) want.forEach((child, i) => renew(have[i], child));
-  else replace(old, fresh);
+  if (!alike) {
+    replace(old, fresh);
+    return;
+  }
+  old.className = fresh.className;
+  want.forEach((child, i) => renew(have[i], child));
 }
 
 function replace(old, fresh) {

@@ -369,6 +369,7 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
         else ""
     )
     short = len(rows) <= LONGEST_TABLE
+    kind = "wide" if short else "wide tall"
     scrolls = "" if short else f" The table of {len(rows):,} trials scrolls."
     return (
         f"<p>The value is the {escaped(score_of(sweep.metric).title)}: after the last epoch, and below full length "
@@ -379,7 +380,7 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
         '<select id="order" aria-label="order"><option value="">best first</option></select>'
         '<label><input id="only" type="checkbox" style="flex:none"> marked only</label>'
         '<output id="left"></output></div>\n'
-        f'<div class="{"wide" if short else "wide tall"}"><table class="rows trials"><thead><tr>{top}</tr></thead>'
+        f'<div data-key="trials" class="{kind}"><table class="rows trials"><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>\n"
     )
 
