@@ -150,7 +150,7 @@ def build_tuner(
             None: standard error.
     """
     space, stem = _as_space(space)
-    callbacks, priors = _callbacks(callbacks), _as_list(priors, "priors", "directories")
+    callbacks, priors = _callbacks(callbacks), _list_of_argument(priors, "priors", "directories")
     run_config = run_config or tune.RunConfig()
     tune_config = tune_config or tune.TuneConfig()
     if problems := list(_ray_config_problems(tune_config, run_config)):
@@ -207,7 +207,7 @@ def build_tuner(
     )
 
 
-def _as_list(given: Any, argument: str, what: str) -> list[Any]:
+def _list_of_argument(given: Any, argument: str, what: str) -> list[Any]:
     """Return an argument as a list; raise a ConfigError for one thing in place of a list."""
     if isinstance(given, str | Path) or not isinstance(given, Iterable):
         raise ConfigError(f"needs a list of {what}, got {given!r}", argument)
@@ -216,7 +216,7 @@ def _as_list(given: Any, argument: str, what: str) -> list[Any]:
 
 def _callbacks(given: Any) -> list[tune.Callback]:
     """Return Tune callbacks as a list; raise a ConfigError for anything else."""
-    found = _as_list(given, "callbacks", "ray.tune.Callback")
+    found = _list_of_argument(given, "callbacks", "ray.tune.Callback")
     for one in found:
         if isinstance(one, type):
             raise ConfigError(f"{one.__name__} is a class; give an object of it", "callbacks")
@@ -270,7 +270,7 @@ def resume_tuner(
         "max_failed_trials": max_failed_trials,
     }
     _check_budgets(budgets)
-    callbacks, priors = _callbacks(callbacks), _as_list(priors, "priors", "directories")
+    callbacks, priors = _callbacks(callbacks), _list_of_argument(priors, "priors", "directories")
     found = to_continue(experiment)
     storage, experiment = found.storage, found.folder
     about = read_experiment(experiment)
