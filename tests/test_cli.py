@@ -820,7 +820,7 @@ def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "digits_arms", "--seeds", "2..9"], "the first look needs 3 seeds or more"),
         (["plan", "digits_arms", "--seeds", "1000000000"], "at most 1000 seeds of each arm"),
         (["confirm", "digits_arms", "--seeds", "3..1001"], "at most 1000 seeds of each arm"),
-        (["confirm", "mine.yaml"], "arms: needs a list of at least one arm"),
+        (["confirm", "mine.yaml"], "mine.yaml: is a search space, and has no arms to compare; sweep it with `tfkd tune`"),
         (["confirm", "digits_arms", "epochs=x"], "arms.ce.epochs: should be a whole number"),
         (["confirm", "digits_arms", "--preset", "tiny"], "invalid choice: 'tiny'"),
         (["confirm", "paper/table_1", "data.root=/nowhere"], "data cifar100: not found: cifar-100-python.tar.gz"),

@@ -91,7 +91,7 @@ def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(
     assert judge_on_test(tmp_path / "c") == result and read_comparison(tmp_path / "c").is_trained
     lines = outcome_table(result)
     assert max(map(len, lines)) <= 80
-    assert "self is tfkd_self: alpha 0.5, temperature 1" in lines
+    assert "self is tfkd_self: alpha 0.9, temperature 4" in lines
     row = next(line for line in lines if line.startswith("ce "))
     mean = 50 * sum(r["accuracy"] for r in result["arms"][0]["runs"])
     assert row.split()[1] == f"{mean:.2f}" and f"{mean - 97:+.2f}" in row and " 97.00 " in row

@@ -148,11 +148,12 @@ def _check_unused_name(args: Namespace) -> None:
     """Raise a ConfigError for a name that an experiment here has."""
     from tfkd_ray.store.experiment import check_name, check_new
 
-    if args.name is None or not isinstance(args.storage, Path):
+    name, storage = getattr(args, "name", None), getattr(args, "storage", None)
+    if name is None or not isinstance(storage, Path):
         return
-    check_name(args.name)
-    if args.storage.is_dir():
-        check_new(args.storage.absolute() / args.name)
+    check_name(name)
+    if storage.is_dir():
+        check_new(storage.absolute() / name)
 
 
 def _check_cluster_file(file: str) -> None:
