@@ -822,10 +822,7 @@ def outcome_table(result: Tree) -> list[str]:
     head = "arm\ttest acc. % ± sd\tn\t95 % over seeds" + "\tpublished\tdiff" * printed
     rows = [_arm_row(arm, printed) for arm in result["arms"]]
     lines += ["", *in_columns([head, *rows], 80)]
-    told = {arm["name"]: objective_text(arm["objective"]) for arm in result["arms"]}
-    with_settings = [f"{name} is {text}" for name, text in told.items() if ":" in text]
-    lines += [""] if with_settings else []
-    lines += [line for sentence in with_settings for line in wrapped(sentence)]
+    lines += _settings_lines(result["arms"])
     for arm in result["arms"]:
         for run in arm["runs"]:
             if run["status"] != "done":
@@ -838,6 +835,14 @@ def outcome_table(result: Tree) -> list[str]:
     lines += [""] if notes else []
     lines += [line for note in notes for line in wrapped(f"note: {note}")]
     return lines
+
+
+def _settings_lines(arms: Sequence[Tree]) -> list[str]:
+    """Return the settings of the arms' objectives, a sentence each after an empty line."""
+    told = {arm["name"]: objective_text(arm["objective"]) for arm in arms}
+    sentences = [f"{name} is {text}" for name, text in told.items() if ":" in text]
+    lines = [line for sentence in sentences for line in wrapped(sentence)]
+    return ["", *lines] if lines else []
 
 
 def _arm_row(arm: Tree, printed: bool) -> str:

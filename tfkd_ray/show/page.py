@@ -309,11 +309,12 @@ def heat_colours(heat: Heat, value: float) -> tuple[str, str]:
 
 
 def box_html(kind: str, word: str, text: str, more: Sequence[str] = (), context: str = "") -> str:
-    listed = "".join(f"<li>{prose(sentence)}</li>" for sentence in more)
-    return (
-        f'<div class="box {kind}"><strong>{escaped(word)}</strong><p>{prose(text)}</p>'
-        f"{f'<ul>{listed}</ul>' if more else ''}{f'<p class=sub>{prose(context)}</p>' if context else ''}</div>\n"
-    )
+    html = f'<div class="box {kind}"><strong>{escaped(word)}</strong><p>{prose(text)}</p>'
+    if more:
+        html += "<ul>" + "".join(f"<li>{prose(sentence)}</li>" for sentence in more) + "</ul>"
+    if context:
+        html += f"<p class=sub>{prose(context)}</p>"
+    return f"{html}</div>\n"
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
