@@ -59,15 +59,23 @@ def no_such_setting(path: Sequence[str], known: Iterable[str]) -> str:
         word, near = other, other if other in known else None
     if near is None and not places_of(word):  # a letter more or less than a setting elsewhere
         word = near_to(word, {name.rpartition(".")[2] for name in KNOWN}, 0.8) or word
-    here = f".{'.'.join(path)}"
-    places = [p for p in places_of(word) if not above or not f".{p}".endswith(here)]
-    if above:  # another kind of the same part may have it, which this one is not
-        places = [place for place in places if place.partition(".")[0] != above[0]]
+    places = _places_but(path, word)
     if near is not None and (above or not places):
         return f"{sentence}; did you mean {near!r}?"
     if not places:
         return f"{sentence}; {did_you_mean(word, known)}"
     return f"{sentence}; did you mean {_offered(places)}"
+
+
+def _places_but(path: Sequence[str], word: str) -> list[str]:
+    """Return where a setting of this name stands, but not at a path nor in the path's own part."""
+    *above, _ = path
+    if not above:
+        return places_of(word)
+    here = f".{'.'.join(path)}"
+    found = [place for place in places_of(word) if not f".{place}".endswith(here)]
+    # another kind of the same part may have it, which this one is not
+    return [place for place in found if place.partition(".")[0] != above[0]]
 
 
 def _offered(places: Sequence[str]) -> str:

@@ -164,17 +164,22 @@ def _cell_values(sweep: Sweep, record: Record, settings: str) -> Iterator[CellVa
             yield CellValue(name, record.number, settings, value, epoch, rank)
 
 
+def _arms_with_both(judged: Tree) -> dict[tuple[str, str], list[Tree]]:
+    """Return the arms that have T and alpha, by student and objective."""
+    groups: dict[tuple[str, str], list[Tree]] = {}
+    for arm in judged["arms"]:
+        if all(name in arm["objective"] for name in PAIR):
+            groups.setdefault((arm["student"], arm["objective"]["name"]), []).append(arm)
+    return groups
+
+
 def arm_grids(judged: Tree) -> Iterator[HeatMap]:
     """Yield a heat map of the arms of one objective and student that differ in T and alpha.
 
     Arms are a grid if they have two values or more of each, and `FILLED` of the combinations.
     """
-    groups: dict[tuple[str, str], list[Tree]] = {}
-    for arm in judged["arms"]:
-        if all(name in arm["objective"] for name in PAIR):
-            groups.setdefault((arm["student"], arm["objective"]["name"]), []).append(arm)
     metric = score_of("val_accuracy")
-    for (student, objective), arms in groups.items():
+    for (student, objective), arms in _arms_with_both(judged).items():
         values = [sorted({arm["objective"][name] for arm in arms}) for name in PAIR]
         if min(map(len, values)) < 2 or max(map(len, values)) > MOST_CELLS_ACROSS:
             continue
