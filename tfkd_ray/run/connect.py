@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import ray
 from packaging.requirements import Requirement
 from ray.job_config import JobConfig
 from ray.tune import PlacementGroupFactory
+from ray.tune.error import _TuneStopTrialError
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -762,6 +764,18 @@ def caller_argument(function: str, name: str) -> Any:
             return frame.f_locals.get(name)
         frame = frame.f_back
     return None
+
+
+def raise_own_error() -> None:
+    """Raise the exception of the driver's own code that Tune is about to count as a trial's failure.
+
+    When a trial ends, Ray 2.60 catches what searchers, schedulers and callbacks raise, a lost study
+    or a full disk too. It would then run that trial again, or call it failed.
+    """
+    if isinstance(caller_argument("_process_trial_failure", "exception"), _TuneStopTrialError):
+        error = sys.exception()
+        assert error is not None
+        raise error
 
 
 @contextmanager

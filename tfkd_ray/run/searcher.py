@@ -39,6 +39,7 @@ from tfkd_ray.learn.images import address
 from tfkd_ray.run.connect import (
     caller_argument,
     give_larger_share,
+    raise_own_error,
     report_each_epoch,
     send_elsewhere,
 )
@@ -401,12 +402,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self, trial_id: str, result: Tree | None = None, error: bool = False
     ) -> None:
         """Record in the study how the trial ended; repeating it changes nothing."""
-        live = self._live.pop(trial_id, None)
+        raise_own_error()
+        live = self._live.get(trial_id)
         if live is None:
             return
         failed = self._failure(trial_id, result or {}, error)
         with together(self._storage):
             self._tell_end(live, result or {}, failed)
+        del self._live[trial_id]
         self._notice_end(live)
 
     def _tell_end(self, live: _Live, result: Tree, failed: str) -> None:

@@ -45,6 +45,7 @@ from tfkd_ray.run.connect import (
     give_larger_share,
     grows_for,
     keep_keys_at_home,
+    raise_own_error,
     report_each_epoch,
     room_for,
     send_elsewhere,
@@ -959,7 +960,7 @@ def assemble(
             # Ray names its staging folder by this and the second: the whole path, to be unique
             name=str(trials_folder(experiment).relative_to(experiment.anchor)),
             storage_path=experiment.anchor,
-            callbacks=[*callbacks, _BufferOfThisSweep()],
+            callbacks=[_OwnErrors(), *callbacks, _BufferOfThisSweep()],
             failure_config=(
                 run_config.failure_config
                 if run_config.failure_config not in (None, tune.FailureConfig())
@@ -1013,6 +1014,16 @@ class _BufferOfThisSweep(OwnCallback):
 
     def setup(self, *args: Any, **info: Any) -> None:
         os.environ.pop(_BUFFER, None)
+
+
+class _OwnErrors(tune.Callback):  # type: ignore[misc]
+    """Ends a sweep in which the driver's own code has raised, which Tune takes for a lost trial."""
+
+    def on_trial_recover(self, *args: Any, **info: Any) -> None:
+        raise_own_error()
+
+    def on_trial_error(self, *args: Any, **info: Any) -> None:
+        raise_own_error()
 
 
 _TUNE_SETTINGS = {
