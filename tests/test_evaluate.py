@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from tfkd_ray.learn.evaluate import metric_sums, metrics_from
+from tfkd_ray.learn import evaluate
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.evaluate import images_at_once, metric_sums, metrics_from, predictions
+from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.tensorboard import _judged_runs
 from tfkd_ray.verdict.calibration import BINS, bin_of
 from tfkd_ray.verdict.scores import accuracy, ece
@@ -99,3 +104,31 @@ def test_a_bin_holds_its_upper_end_in_torch_and_numpy_alike(k: int) -> None:
     assert bin_of(np.array(around)).tolist() == [k - 1] * 3
     assert bin_of(torch.tensor(around, dtype=torch.float64)).tolist() == [k - 1] * 3
     assert bin_of(np.array([min(k / BINS + 1e-3, 1.0)])).tolist() == [min(k, BINS - 1)]
+
+
+def test_validation_is_in_batches_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 images of 224 at a time would leave a GPU idle; whatever the batch, the answers are the same."""
+    large: Any = SimpleNamespace(shape=(3, 224, 224))
+    assert images_at_once(large, torch.device("cpu")) == 5
+    assert images_at_once(large, torch.device("cuda", 0)) == 334
+    config = validated(TrainConfig, {"student": "mlp", "objective": "ce", "data": "digits"})
+    data, (_, images) = config.data, config.data.load()
+    assert images is not None
+    network = config.build_student().double()
+    at_once = [guess for guess, _ in predictions(_InDouble(network), images, data)]
+    monkeypatch.setitem(evaluate.EVAL_PIXELS, "cpu", 7 * 64)
+    in_sevens = [guess for guess, _ in predictions(_InDouble(network), images, data)]
+    assert {len(guess) for guess in in_sevens[:-1]} == {7} and len(at_once) < len(in_sevens)
+    assert torch.cat(at_once).allclose(torch.cat(in_sevens), atol=1e-6)
+
+
+class _InDouble(torch.nn.Module):
+    """A network that computes in float64, so that the batch's size does not show in its rounding."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images.double())
+        return logits

@@ -1,11 +1,13 @@
 """Discovery in the terminal: groups of verbs, examples, near misses, spaces, init, completion."""
 
 import html
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +22,7 @@ from tfkd_ray.cli.fit import told_of_interrupt
 from tfkd_ray.cli.guide import EXAMPLES, GROUPS, SHELLS, overview, verbs_of
 from tfkd_ray.cli.main import _command_of, _parsed_args, _parser, main
 from tfkd_ray.cli.sweep import _print_summary
-from tfkd_ray.cli.terminal import resume_command
+from tfkd_ray.cli.terminal import TOLD_S, resume_command
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.shortened import without_defaults
 from tfkd_ray.run.tune import build_tuner
@@ -125,6 +127,26 @@ def commands_in(line: str) -> Iterator[list[str]]:
 
 
 # --- near misses
+
+
+@pytest.mark.parametrize("line", ["status first", "status"])
+def test_a_sweep_that_trains_its_teacher_first_is_not_called_missing(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "tfkd_results" / "teachers" / "cnn-0123abcd"
+    folder.mkdir(parents=True)
+    for content, told in (
+        ('{"epoch": 7}', "; teacher cnn-0123abcd is being trained (epoch 7 ended 0:00 ago), and a sweep's directory"),
+        ('{"epoch": [', ""), ("[7]", ""), ("", ""),
+    ):  # fmt: skip
+        (folder / "progress.json").write_text(content)
+        assert main(line.split()) == 2
+        said = capsys.readouterr().err
+        assert told in " ".join(said.split()) and ("teacher" in said) == bool(told)
+    (folder / "progress.json").write_text('{"epoch": 7}')
+    os.utime(folder / "progress.json", (time.time() - 2 * TOLD_S,) * 2)  # of a killed one
+    assert main(line.split()) == 2 and "teacher" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

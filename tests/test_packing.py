@@ -12,6 +12,7 @@ import torch
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
+from tfkd_ray.cli.main import main
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.run.callbacks import Losses
 from tfkd_ray.run.connect import forget_lessons, give_larger_share
@@ -58,6 +59,57 @@ tree = {"objective": "ce", "student": "mlp", "epochs": 3, "gpus_per_worker": 0.2
 results = ours.build_tuner(tree, name="e", storage=sys.argv[1]).fit()
 print(json.dumps([(r.metrics.get("failed"), r.metrics["epoch"]) for r in results]))
 """
+
+
+LENT = """
+import os
+os.environ.pop("RAY_ADDRESS", None)
+import ray
+from tfkd_ray.run.lent import with_a_gpu
+
+def told():
+    return os.getpid() == HERE, ray.get_gpu_ids()
+
+def wrong():
+    raise ValueError("no such net")
+
+HERE = os.getpid()
+ray.init(address="local", num_cpus=0, num_gpus=1, include_dashboard=False, log_to_driver=False)
+for gpus in (1.0, 0.5, 2.0):
+    print(*with_a_gpu(gpus, told))
+try:
+    with_a_gpu(1.0, wrong)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.fault
+@pytest.mark.timeout(100)
+def test_what_needs_a_gpu_beside_trials_gets_it_from_ray() -> None:
+    """With no CPU free it has room still; what asks for more than this node has is done here."""
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([sys.executable, "-c", LENT], capture_output=True, text=True, timeout=90, env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = done.stdout.splitlines()[-4:]
+    assert told == ["False [0]", "False [0]", "True []", "no such net"]
+
+
+@pytest.mark.parametrize("gpus, lent", [(0, []), (0.25, [0.25]), (1, [1.0])])
+def test_a_plan_is_probed_on_a_gpu_that_is_lent(
+    gpus: float, lent: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(
+        "tfkd_ray.run.lent.with_a_gpu", lambda gpus, work: asked.append(gpus) or work()
+    )
+    for name, told in (("_epoch_seconds", 1.0), ("_view_seconds", 1.0), ("_gpu_share", None)):
+        monkeypatch.setattr(f"tfkd_ray.show.plan.{name}", lambda config, told=told: told)
+    for name in ("digits_tfkd", "digits_arms"):
+        argv = ["plan", name, "--probe", "--slots", "1", f"gpus_per_worker={gpus}"]
+        assert main(argv) == 0
+    assert asked == lent * 2
 
 
 TOO_LITTLE = (

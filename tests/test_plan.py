@@ -4,6 +4,7 @@ import dataclasses
 import random
 import re
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import tfkd_ray.show.plan as plan_module
 from tfkd_ray.learn.config import TeacherRun
 from tfkd_ray.learn.models import Cnn, Mlp
-from tfkd_ray.show.plan import lines, plan, plan_comparison, resident_bytes, slots_here
+from tfkd_ray.show.plan import GPU_CONTEXT, lines, plan, plan_comparison, resident_bytes, slots_here
 from tfkd_ray.show.receipt import EXACT, _passing
 from tfkd_ray.space.arms import Arms, build_arms, seeds_from
 from tfkd_ray.space.search_config import Hyperband
@@ -195,6 +196,40 @@ def test_what_lies_on_the_device_is_images_and_soft_labels() -> None:
         "teacher": {"model": "resnet18", "labels": "bank"},
     }
     assert resident_bytes(build_space(tree | taught).example) == images * (64 + 2 * 10)
+
+
+@pytest.mark.parametrize("labels, of_teacher", [("online", 0), ("bank", 7)])
+def test_the_share_of_a_gpu_has_room_for_the_trial_that_fills_the_cache_of_soft_labels(
+    labels: str, of_teacher: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That trial has the teacher beside the student; with online labels the probed step has both."""
+    gib, peak = 2**30, [5]
+    monkeypatch.setattr(plan_module, "_epoch_seconds", lambda run: 1.0)
+
+    def labelling(run: TeacherRun) -> float:
+        peak[0] = max(peak[0], 7)
+        return 1.0
+
+    monkeypatch.setattr(plan_module, "_view_seconds", labelling)
+    gpu = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=100 * gib),
+        "max_memory_reserved": lambda: peak[0] * gib,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: peak.__setitem__(0, 0),
+    }
+    for name, answer in gpu.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", answer)
+    tree = {
+        "student": "mlp", "objective": "kd", "epochs": 2, "data": {"name": "digits", "subset": 200},
+        "teacher": {"model": "resnet18", "labels": labels}, "gpus_per_worker": 0.5,
+        "search": {"num_samples": 2, "stopping": "none", "baselines": False},
+    }  # fmt: skip
+    space = build_space(tree)
+    taken = (5 + of_teacher) * gib + GPU_CONTEXT + resident_bytes(space.example)
+    (part,) = plan(space, probe=True).parts
+    assert part.share == pytest.approx(taken / (95 * gib))
 
 
 def test_trials_at_a_time_are_those_that_the_machine_has_cpus_for(

@@ -362,6 +362,28 @@ def test_a_view_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
     assert 2 * count * classes < whole < 2 * count * classes + 10_000 and whole < LARGEST
 
 
+def test_a_file_is_read_for_its_checksum_once_a_process_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    checksum = soft_labels._checksum
+    monkeypatch.setattr(
+        soft_labels, "_checksum", lambda logits: computed.append(len(logits)) or checksum(logits)
+    )
+    first = bank(tmp_path).logits({"epoch": 1}, N, K, Counted()).clone()  # written: computed
+    computed.clear()
+    for _ in range(3):
+        assert bank(tmp_path).logits({"epoch": 1}, N, K, Counted()).equal(first)
+    once = len(computed)
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    path.unlink()  # it may be mapped
+    path.write_bytes(content)  # of another inode or time, as another process would write it
+    for _ in range(3):
+        assert bank(tmp_path).logits({"epoch": 1}, N, K, Counted()).equal(first)
+    assert once <= 1 and len(computed) == once + 1
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped"])
 def test_a_damaged_file_is_computed_again(tmp_path: Path, harm: str) -> None:
     first = bank(tmp_path).logits({"epoch": 1}, N, K, Counted()).clone()

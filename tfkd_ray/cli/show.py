@@ -1,19 +1,21 @@
 """The reading verbs: doctor, check, plan, explain, status, trials, report, export, ..."""
 
 import contextlib
+import functools
 import io
 import os
 import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.settings.yaml import Tree
+    from tfkd_ray.show.plan import SweepPlan
     from tfkd_ray.space.arms import Arm
     from tfkd_ray.space.space import Parameter, Space
     from tfkd_ray.store.experiment import Record
@@ -153,9 +155,8 @@ def plan_verb(args: Namespace) -> int:
         problems = [f"{option}: is for an arms file, not for a search space" for option in ignored]
         raise ConfigError(problems, args.file)
     space = load_file(args)
-    if args.probe:
-        space.example.data.check()
-    found, slots = plan(space, probe=args.probe), args.slots or slots_here(space)
+    found = _maybe_probed(space.example, functools.partial(plan, space), probe=args.probe)
+    slots = args.slots or slots_here(space)
     print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
     return OK
 
@@ -168,20 +169,33 @@ def _plan_comparison(args: Namespace) -> int:
     first_look, most = args.seeds or DEFAULT_SEEDS
     check_seeds(first_look, most)
     compared = load_arms(args.file, args.overrides)
-    if args.probe:
-        compared.example.data.check()
-    found = plan_comparison(
+    make = functools.partial(
+        plan_comparison,
         compared,
         seeds_from(most),
         teacher_per_seed=args.teacher_per_seed,
         hold_out=args.train_only,
-        probe=args.probe,
     )
+    found = _maybe_probed(compared.example, make, probe=args.probe)
     slots = args.slots or run_slots_here(compared.example, sum(p.trials for p in found.parts))
     print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
     if first_look is not None:
         print(f"this is the limit of {most} seeds; it ends sooner once every verdict is settled")
     return OK
+
+
+def _maybe_probed(
+    example: "TrainConfig", make: Callable[..., "SweepPlan"], *, probe: bool
+) -> "SweepPlan":
+    """Return a plan; probe on a GPU that Ray lends, as trials may run on this machine now."""
+    if not probe:
+        return make()
+    example.data.check()
+    if not example.gpus_per_worker:
+        return make(probe=True)
+    from tfkd_ray.run.lent import with_a_gpu
+
+    return with_a_gpu(min(1.0, example.gpus_per_worker), functools.partial(make, probe=True))
 
 
 def explain_verb(args: Namespace) -> int:

@@ -282,10 +282,13 @@ def _print_counts(
     from tfkd_ray.store.experiment import gone_sentence
 
     cut = "".join(f", {count[s]} {s}" for s in ("interrupted", "paused") if count[s])
+    otherwise = sum(r.status == "stopped" and r.reason is not None for r in records)
     print(
         f"{len(records)} trials, {spent(experiment)['seconds']:.0f} s: {count['done']} of full length, "
-        f"{count['stopped']} stopped early, {count['failed']} failed{cut}"
+        f"{count['stopped'] - otherwise} stopped early, {count['failed']} failed{cut}"
     )
+    if otherwise:
+        print(f"  and {otherwise} stopped by tfkd stop or a budget")
     runs = [run for record in records for run in record.further]
     if runs:
         print(f"  and {further_counts(Counter(run.status for run in runs))} with further seeds")

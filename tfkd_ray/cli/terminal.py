@@ -106,7 +106,8 @@ def newest_experiment() -> Path:
     begun = _begun_here()
     if not begun:
         raise ConfigError(
-            f"no experiment is named, and ./{DEFAULT_STORAGE} has none; name its directory or URL"
+            f"no experiment is named, and ./{DEFAULT_STORAGE} has none{_teacher_in_training(DEFAULT_STORAGE)}; "
+            "name its directory or URL"
         )
     return max(begun, key=lambda folder: begun[folder])
 
@@ -195,9 +196,38 @@ def _check_experiment(place: Path) -> None:
         near = near_to(place.name, here)
         meant = "." if near is None else f"; did you mean {near!r}?"
         listed = " `tfkd ls` lists experiments" if here else ""
-        raise ConfigError(
-            f"no such directory (looked from {Path.cwd()}){meant}{listed}".rstrip("."), place
-        )
+        why = f"no such directory (looked from {Path.cwd()}){_teacher_in_training(place.parent)}"
+        raise ConfigError(f"{why}{meant}{listed}".rstrip("."), place)
+
+
+TOLD_S = 3600
+"""Age of a teacher's last epoch up to which it is assumed to be in training."""
+
+
+def _teacher_in_training(storage: Path) -> str:
+    """Return a part of a sentence about the teacher that trains there; sweeps begin after theirs."""
+    from tfkd_ray.show.status import duration
+    from tfkd_ray.store.experiment import parse_json, read_text
+
+    told: dict[Path, float] = {}
+    for folder in (storage, DEFAULT_STORAGE):
+        for path in folder.glob("teachers/*/progress.json"):
+            with contextlib.suppress(OSError):  # its training has just ended
+                told[path] = path.stat().st_mtime
+    if not told:
+        return ""
+    path = max(told, key=lambda path: told[path])
+    age_s = time.time() - told[path]
+    try:
+        epoch = int(parse_json(read_text(path))["epoch"])
+    except (ConfigError, OSError, ValueError, TypeError, KeyError):
+        return ""
+    if age_s > TOLD_S:
+        return ""
+    return (
+        f"; teacher {path.parent.name} is being trained (epoch {epoch} ended {duration(age_s)} ago), and a sweep's "
+        "directory is made after its teachers"
+    )
 
 
 def _experiments_here() -> list[str]:

@@ -48,6 +48,11 @@ def tf32(device: torch.device, on: bool) -> Iterator[None]:
             part.fp32_precision = precision
 
 
+def images_at_once(data: Dataset, device: torch.device) -> int:
+    """Return the number of images in an evaluation batch on a device."""
+    return max(1, EVAL_PIXELS[device.type] // math.prod(data.shape[1:]))
+
+
 def predictions(
     network: nn.Module,
     images: Images,
@@ -63,7 +68,7 @@ def predictions(
     """
     device = images.labels.device
     mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in data.statistics())
-    batch = max(1, EVAL_PIXELS[device.type] // math.prod(data.shape[1:]))
+    batch = images_at_once(data, device)
     shares, read = (
         list(torch.arange(len(images), device=where)[rank::workers].split(batch))
         for where in (device, images.read_from)

@@ -276,7 +276,7 @@ class KnowledgeDistillation(_Distillation):
     name: Literal["kd"] = "kd"
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
-        teacher = _needed(teacher, self.name)
+        teacher = _needed(teacher, logits, self.name)
         return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
 
     def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ class DecoupledKD(_Distillation):
         import torch
         from torch.nn import functional as F
 
-        teacher = _needed(teacher, self.name)
+        teacher = _needed(teacher, logits, self.name)
         if isinstance(labels, Mixed):
             raise ValueError(f"objective {self.name}: has no form for the labels of mixed images")
         ce = _cross_entropy(logits, labels)
@@ -349,7 +349,7 @@ class Dist(_Distillation):
     """gamma of the paper."""
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
-        teacher = _needed(teacher, self.name)
+        teacher = _needed(teacher, logits, self.name)
         return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
 
     def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
@@ -380,7 +380,7 @@ class StandardisedKD(_Distillation):
         return 1.0
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
-        teacher = _needed(teacher, self.name)
+        teacher = _needed(teacher, logits, self.name)
         return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
 
     def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
@@ -685,7 +685,7 @@ class OwnObjective(Canonical):
     ) -> Terms:
         loss = self._ready_loss
         if loss.takes_teacher:
-            teacher = _needed(teacher, self.called)
+            teacher = _needed(teacher, logits, self.called)
         if isinstance(labels, Mixed):
             labels = labels.probabilities(logits.shape[1])
         whole, ce, kd = loss(logits, labels, teacher, features)
@@ -736,9 +736,18 @@ NAMES = {str(tag(kind)) for kind in leaves(Objective)}
 """Names of the objectives, which a function of the user's own cannot have."""
 
 
-def _needed(teacher: Tensor | None, name: str) -> Tensor:
+def _needed(teacher: Tensor | None, logits: Tensor, name: str) -> Tensor:
+    """Return the teacher's logits; raise a ValueError if they are none, or not of the student's shape.
+
+    Torch would broadcast logits [1, K] to each image of the batch.
+    """
     if teacher is None:
         raise ValueError(f"objective {name}: needs the teacher's logits [B, K], got none")
+    if teacher.shape != logits.shape:
+        raise ValueError(
+            f"objective {name}: needs the teacher's logits in the shape of the student's, "
+            f"{list(logits.shape)}, got {list(teacher.shape)}"
+        )
     return teacher
 
 

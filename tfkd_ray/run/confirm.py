@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from ray import tune
 from ray.tune.search import Searcher
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from tfkd_ray.learn.images import Images
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.several import combined
 from tfkd_ray.run.callbacks import Lock, Losses, in_order
+from tfkd_ray.run.lent import gpus_of_this_node, share_of_this_node
 from tfkd_ray.run.stops import Stops
 from tfkd_ray.run.tune import (
     OnTeacher,
@@ -331,7 +331,7 @@ def _opened_test(directory: Path, runs: Sequence[Run]) -> Iterator["_Tester | _L
     share = min(1.0, max(run.config.gpus_per_worker for run in runs))
     if not ray.is_initialized():
         yield _Tester(directory, runs[0].config.data, on_gpu=share > 0)
-    elif not 0 < share <= _gpus_of_this_node():
+    elif not 0 < share <= gpus_of_this_node():
         yield _Tester(directory, runs[0].config.data, on_gpu=False)
     else:
         lent = _LentTester(directory, runs[0].config.data, share)
@@ -339,12 +339,6 @@ def _opened_test(directory: Path, runs: Sequence[Run]) -> Iterator["_Tester | _L
             yield lent
         finally:
             lent.close()
-
-
-def _gpus_of_this_node() -> float:
-    here = ray.get_runtime_context().get_node_id()
-    (about,) = (node for node in ray.nodes() if node["NodeID"] == here)
-    return float(about["Resources"].get("GPU", 0))
 
 
 class _Tester:
@@ -387,12 +381,11 @@ class _LentTester:
     """A `_Tester` in a process of Ray's, with a share of a GPU of this node until `close`."""
 
     def __init__(self, directory: Path, data: Dataset, share: float) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # no process of Ray's that has trained is used again: its test split is sealed
         fresh = {"env_vars": {"TFKD_JUDGES": "1"}}
         self._actor = (
             ray.remote(_TesterOfRay)
-            .options(num_cpus=0, num_gpus=share, scheduling_strategy=here, runtime_env=fresh)
+            .options(**share_of_this_node(share), runtime_env=fresh)
             .remote()
         )
         self.digest: str = self._asked("opened", directory, data, own_code.here())

@@ -509,7 +509,7 @@ def _view_seconds(run: TeacherRun) -> float:
     """Measure the seconds in which an untrained teacher labels one view of the train images."""
     import torch
 
-    from tfkd_ray.learn.evaluate import predictions
+    from tfkd_ray.learn.evaluate import images_at_once, predictions
     from tfkd_ray.learn.teacher_input import untrained
 
     device = (
@@ -518,9 +518,8 @@ def _view_seconds(run: TeacherRun) -> float:
         else torch.device("cpu")
     )
     train_set, _ = run.data.load()
-    some = train_set.part(torch.arange(min(len(train_set), run.optim.batch_size * PROBE_STEPS))).on(
-        device
-    )
+    count = max(run.optim.batch_size * PROBE_STEPS, images_at_once(run.data, device))
+    some = train_set.part(torch.arange(min(len(train_set), count))).on(device)
     network = untrained(run).to(device)
     network = network.to(memory_format=run.student.memory_format)
     for images in (some.part(torch.arange(1, device=device)), some):  # the first one warms up
@@ -541,7 +540,8 @@ GPU_CONTEXT = 2**29
 def _gpu_share(config: TrainConfig) -> float | None:
     """Return the share of the GPU's memory that a run needs, with all of its data.
 
-    It is computed from the largest run of this process so far.
+    It is computed from the largest run of this process so far. The trial that is first to need a
+    view of cached soft labels has the teacher beside the student while it fills it.
     """
     import torch
 
@@ -549,7 +549,19 @@ def _gpu_share(config: TrainConfig) -> float | None:
         return None
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     taken = torch.cuda.max_memory_reserved() + GPU_CONTEXT + resident_bytes(config)
+    banked = zip(config.teacher_runs(), config.banks, strict=False)
+    taken += max((_labelling_bytes(run) for run, kept in banked if kept), default=0)
     return min(1.0, taken / (0.95 * total))
+
+
+def _labelling_bytes(run: TeacherRun) -> int:
+    """Return the most bytes of the GPU that are in use while a teacher labels a view."""
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    _view_seconds(run)
+    return torch.cuda.max_memory_reserved()
 
 
 def resident_bytes(config: TrainConfig) -> int:
