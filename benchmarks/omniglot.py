@@ -21,10 +21,12 @@ cores alone. The yardstick, fixed before any comparison was run:
 * Scaled controls: `ce` with the settings of an arm, and the loss times the weight that CE has in that arm.
 * Comparisons: `free` (ce, lsr, reg), `own` (self, ce trained twice), `taught` (kd, rekd), `controls` (the scaled ones),
   `curve` (De-KD), `scale` and `patient` (their files), `tuned` (ce and lsr with tuned learning rate and weight decay on
-  the recipe of `scale`; lsr takes either of its two alphas), `b` (network B).
-* Seeds: 1001 to 1010 for every arm, 1001 to 1005 for De-KD and `patient`. Leads are paired by seed, with 95 % t
-  intervals, also across comparisons, whose seeds are the same. Nothing is corrected over the claims; `tfkd confirm`
-  says beside them what holds after Holm.
+  the recipe of `scale`; lsr takes either of its two alphas), `b` (network B), `transfer` (reg and kd with T, alpha and
+  correct_prob of the best run on digits, and on Fashion-MNIST, of benchmarks/curves-*.npz, and of the first published
+  setting; all else is as it was tuned for the arm; added on 2026-12-01, before it was run).
+* Seeds: 1001 to 1010 for every arm, 1001 to 1005 for De-KD, `patient` and `transfer`. Leads are paired by seed, with
+  95 % t intervals, also across comparisons, whose seeds are the same. Nothing is corrected over the claims; `tfkd
+  confirm` says beside them what holds after Holm.
 
 A claim that an arm is *better* is supported if its interval lies above 0, and not supported if it ends below 0.2
 points, the margin of `tfkd confirm`. A claim that two arms are *equally good* is supported if the interval of the first
@@ -45,11 +47,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import curves
 from overfit import train_accuracy
 from safetensors.numpy import load_file
 
 from tfkd_ray.learn.checkpoint import WEIGHTS
 from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.objectives import PUBLISHED
 from tfkd_ray.learn.omniglot import Omniglot
 from tfkd_ray.settings.columns import in_columns
 from tfkd_ray.settings.schema import validated
@@ -88,6 +92,9 @@ SWEEPS: dict[str, tuple[str, ...]] = {
 """Sweeps by name: a shipped file, and settings that replace its own."""
 
 
+TRANSFERRED = ("temperature", "alpha", "correct_prob")
+
+
 class Stage(NamedTuple):
     """Sweeps, and the comparison of their best."""
 
@@ -105,6 +112,7 @@ STAGES = {
     "tuned": Stage(("tuned-scale",), 10),
     "patient": Stage(("patient",), 5),
     "b": Stage(("b-tfkd", "b-kd"), 10),
+    "transfer": Stage(("tfkd", "kd"), 5),
 }
 """Stages in the order of their worth."""
 STOPS = (1, 2, 3, 5, 10)
@@ -177,6 +185,17 @@ PATIENT_CLAIMS = (
     Claim("patient KD beats plain training", "patient-kd", "ce"),
     Claim("the recipe alone: patient ce beats plain training", "patient-ce", "ce"),
 )
+OTHERS = ("digits", "fashion", "published")
+"""Where the settings of `transfer` come from."""
+TRANSFER_CLAIMS = tuple(
+    claim
+    for name in ("reg", "kd")
+    for other in OTHERS
+    for claim in (
+        Claim(f"{name} with the settings of {other} is as good as tuned", f"{name}-{other}", name, "equal"),
+        Claim(f"{name} with the settings of {other} beats plain training", f"{name}-{other}", "ce"),
+    )
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -196,6 +215,7 @@ PARTS = (
     Part("Scale: learning rate and weight decay tuned on the same recipe", SCALE, TUNED_CLAIMS),
     Part("Patient KD, beside network A on its own recipe", ("patient", *NETWORK_A), PATIENT_CLAIMS),
     Part("Network B: the paper's claims", ("b",), tuple(c for c in CLAIMS if {c.arm, c.over} <= IN_B)),
+    Part("Network A, with settings from elsewhere", ("transfer", *NETWORK_A), TRANSFER_CLAIMS),
 )  # fmt: skip
 
 
@@ -220,6 +240,23 @@ def scaled(name: str, record: Record) -> Tree:
     weight = validated(TrainConfig, record.config).ce_share
     objective = {"name": "ce", "loss_scale": weight}
     return arm(name, record, objective=objective, teacher=None, role="baseline")
+
+
+def settings_of(other: str, objective: str) -> dict[str, float]:
+    """Return an objective's own settings: the best of a table of curves, or the first published."""
+    if other == "published":
+        found = next(p.objective for p in PUBLISHED if p.objective.name == objective)
+        return {k: v for k, v in found.model_dump().items() if k in TRANSFERRED}
+    table = curves.load(other)
+    values: dict[tuple[float, ...], list[float]] = {}
+    names: tuple[str, ...] = ()
+    for of, parameters, curve in zip(table.objective, table.parameters, table.curves, strict=True):
+        if of == objective:
+            names = tuple(sorted(parameters))
+            values.setdefault(tuple(parameters[n] for n in names), []).append(float(curve[-1]))
+    best_values = max(values, key=lambda point: np.nan_to_num(np.mean(values[point])))
+    found = {name.split(".")[-1]: v for name, v in zip(names, best_values, strict=True)}
+    return {k: round(v, 4) for k, v in found.items() if k in TRANSFERRED}
 
 
 def arms_of(storage: Path, stage: str) -> Tree:
@@ -248,6 +285,14 @@ def arms_of(storage: Path, stage: str) -> Tree:
         twice = arm("ce-twice", ce, init="trained", teacher=own.config["teacher"])
         arms = [arm("self", own), {**twice, "role": "baseline"}]
         return {"title": "Omniglot: the best of tfkd_self, and training twice", "arms": arms}
+    if stage == "transfer":
+        arms = []
+        for name, record in (("reg", reg), ("kd", best(storage, "kd", "kd"))):
+            for other in OTHERS:
+                own_settings = settings_of(other, record.objective)
+                objective = {**record.config["objective"], **own_settings}
+                arms.append(arm(f"{name}-{other}", record, objective=objective, role="reference"))
+        return {"title": "Omniglot: settings of other data", "arms": arms}
     kd, rekd = best(storage, "kd", "kd"), best(storage, "rekd", "kd")
     if stage == "curve":
         arms = []
@@ -345,6 +390,7 @@ def planned(root: str) -> Iterator[str]:
         ("tuned", 15, ["tuned-scale/ce", "tuned-scale/lsr"], 0.0),
         ("patient", 100, ["patient/kd", "patient/lsr", "patient/ce"], teacher_s["patient"]),
         ("b", 30, ["b-tfkd/ce", "b-tfkd/lsr", "b-kd/kd", "b-tfkd/tfkd_reg", "b-tfkd/ce"], teacher_s["b-kd"]),
+        ("transfer", 15, ["tfkd/tfkd_reg"] * 3 + ["kd/kd"] * 3, 0.0),
     ):  # fmt: skip
         n = STAGES[stage].seeds
         cost = more * (teachers + n * epochs * sum(seconds[name] for name in arms))

@@ -294,10 +294,11 @@ def test_every_arm_that_the_papers_claims_compare_is_in_a_comparison(
 
     monkeypatch.setitem(bench.arms_of.__globals__, "best", best)
     there = set()
-    for stage in ("free", "own", "taught", "curve", "controls", "b"):
+    for stage in ("free", "own", "taught", "curve", "controls", "b", "transfer"):
         compared = build_arms(bench.arms_of(Path(), stage), overrides=["resources={}"])
         there |= {arm.name for arm in compared.arms} if stage != "b" else set()
-    claimed = {name for claim in bench.CLAIMS for name in (claim.arm, claim.over)}
+    claims = (*bench.CLAIMS, *bench.TRANSFER_CLAIMS)
+    claimed = {name for claim in claims for name in (claim.arm, claim.over)}
     assert claimed <= there
 
 
