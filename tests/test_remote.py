@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -1043,6 +1042,25 @@ def forget(*caches: str) -> None:
         shutil.rmtree(Path(cache) / "tfkd_ray" / "storage", ignore_errors=True)
 
 
+@contextlib.contextmanager
+def tuning(tree: dict[str, Any], bucket: str, here: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `tfkd tune` on a space, named e in a bucket, and end it with signal 9 if it still runs.
+
+    What it says goes to the file `said`.
+    """
+    (here / "space.yaml").write_text(dump_yaml(tree))
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e"]
+    with (here / "said").open("wb") as said:
+        driver = subprocess.Popen(
+            [*command, "--storage", bucket], cwd=here, stdout=subprocess.DEVNULL, stderr=said
+        )
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 def until(there: Callable[[], bool]) -> None:
     for _ in range(600):
         if there():
@@ -1059,12 +1077,9 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     build_tuner(LONG, name="whole", storage=tmp_path).fit()
-    (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
     elsewhere("driver")
-    url, command = f"{bucket}/e", [sys.executable, "-m", "tfkd_ray", "tune", "long.yaml"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    driver = subprocess.Popen([*command, "--storage", bucket, "--name", "e"], cwd=tmp_path, **quiet)
-    try:
+    url = f"{bucket}/e"
+    with tuning(LONG, bucket, tmp_path) as driver:
         until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
         until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.names())
         elsewhere("second")
@@ -1075,9 +1090,6 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
         )
         assert main(["status", url, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["state"] == "running"
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
     forget(NODE, str(tmp_path / "driver"))
     monkeypatch.setattr(remote, "STALE_S", 0.0)
     elsewhere("third")
@@ -1100,21 +1112,14 @@ def test_further_seeds_go_on_from_the_bucket_after_a_kill_with_9_and_the_loss_of
     search = {**LONG["search"], "finalists": {"k": 2, "seeds": 2}, "sampler": "random"}
     tree = {**LONG, "epochs": 60, "search": search}
     build_tuner(tree, name="whole", storage=tmp_path).fit()
-    (tmp_path / "finalists.yaml").write_text(dump_yaml(tree))
     elsewhere("driver")
-    command = [sys.executable, "-m", "tfkd_ray", "tune", "finalists.yaml", "--name", "e"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    driver = subprocess.Popen([*command, "--storage", bucket], cwd=tmp_path, **quiet)
 
     def seeds() -> list[str]:
         """Return the runs with further seeds that the bucket knows."""
         return [n for n in server.names() if re.search(r"/trials/[^/]*seed[^/]*/trial.json$", n)]
 
-    try:
+    with tuning(tree, bucket, tmp_path):
         until(lambda: len(seeds()) >= {"first": 1, "third": 3}[moment])
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
     forget(NODE, str(tmp_path / "driver"))
     monkeypatch.setattr(remote, "STALE_S", 0.0)
     elsewhere("second")
@@ -1135,33 +1140,16 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
     build_tuner(LONG, name="whole", storage=tmp_path).fit()
-    (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
-    command = [
-        sys.executable,
-        "-m",
-        "tfkd_ray",
-        "tune",
-        "long.yaml",
-        "--storage",
-        bucket,
-        "--name",
-        "e",
-    ]
-    with (tmp_path / "said").open("w") as said:
-        sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said)
-        try:
-            until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
-            kept = server.objects()
-            server.stop()
-            time.sleep(65)
-            server.start()  # its memory was its disk
-            server.client().create_bucket(Bucket="bucket")
-            for key, content in kept.items():
-                server.put(key, content)
-            assert sweep.wait(timeout=90) == 0
-        finally:
-            sweep.kill()
-            sweep.wait()
+    with tuning(LONG, bucket, tmp_path) as sweep:
+        until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
+        kept = server.objects()
+        server.stop()
+        time.sleep(65)
+        server.start()  # its memory was its disk
+        server.client().create_bucket(Bucket="bucket")
+        for key, content in kept.items():
+            server.put(key, content)
+        assert sweep.wait(timeout=90) == 0
     text = (tmp_path / "said").read_text()
     assert (
         text.count("does not answer") == 1
