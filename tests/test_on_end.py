@@ -1,5 +1,6 @@
 """`--on-end`: when the command runs, what it is told, and what is never shown of it."""
 
+import json
 import os
 import re
 import subprocess
@@ -75,6 +76,12 @@ def test_a_sweep_that_has_ended_is_answered_without_ray(
 ) -> None:
     monkeypatch.setattr(sweep, "join_ray", lambda *args: pytest.fail("Ray starts"))
     make_sweep(tmp_path / "over", 8)
+    spent = tmp_path / "over" / "spent.json"
+    for counted in ({}, {"closed": 1.0}):
+        spent.write_text(json.dumps({"seconds": 9.0, "trial_seconds": 8.0, **counted}))
+        if not counted:  # its driver was killed after the last trial
+            with pytest.raises(pytest.fail.Exception, match="Ray starts"):
+                main(["resume", "over"])
     assert main(["resume", "over", "--on-end", NOTE]) == 0
     told = capsys.readouterr().out
     assert told.startswith("nothing is left to do: all 8 trials of over have ended\nnext:\n")

@@ -111,7 +111,7 @@ def resume_verb(args: Namespace) -> int:
     from tfkd_ray.space.search_config import more_samples
     from tfkd_ray.space.space import build_space, load_space
     from tfkd_ray.store.experiment import read_experiment
-    from tfkd_ray.store.storage import to_continue
+    from tfkd_ray.store.storage import is_url, to_continue
 
     if (code := resume_as_job(args)) is not None:
         return code
@@ -146,7 +146,8 @@ def resume_verb(args: Namespace) -> int:
             wider, search=wider.search.model_copy(update={"num_samples": samples})
         )
     changes = (args.space, args.add_trials, args.retry_failed, *(getattr(args, n) for n in BUDGETS))
-    if not any(changes) and (over := _is_over(experiment)):
+    # in a bucket, files of an experiment that has ended may be missing
+    if not (any(changes) or is_url(args.experiment)) and (over := _is_over(experiment)):
         with OnEnd(args.on_end, experiment) as end:
             print(over)
             _print_next(space, experiment)
@@ -175,12 +176,15 @@ def resume_verb(args: Namespace) -> int:
 
 
 def _is_over(experiment: Path) -> str:
-    """Return a sentence if all trials of a sweep have ended, and none of them is missing."""
+    """Return a sentence if all trials of a sweep, and its driver, have ended and none is missing."""
     from tfkd_ray.show.status import status
+    from tfkd_ray.store.experiment import CLOSED, read_spent
 
     found = status(experiment)
     planned = found["trials"]["planned"]
     if found["state"] != "finished" or planned is None or found["gone"]:
+        return ""
+    if CLOSED not in read_spent(experiment):
         return ""
     return f"nothing is left to do: all {planned:,} trials of {short_path(experiment)} have ended"
 

@@ -53,6 +53,7 @@ from tfkd_ray.store.ended import (
     read_briefs,
 )
 from tfkd_ray.store.experiment import (
+    CLOSED,
     FULL_LENGTH,
     STOPPED_BY,
     STOPS,
@@ -568,7 +569,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         self._failed.add(assigned(trial).name)
 
     def on_close(self, trials: Sequence[Any]) -> None:
-        self._write()
+        self._write(closed=True)
         if self._searcher is not None:
             _end_paused(self._experiment, self._searcher)
             self._searcher.close()
@@ -577,7 +578,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         """Return the seconds that all trials have run in this session."""
         return self._told + sum(now - since for since in self._since.values())
 
-    def _write(self) -> None:
+    def _write(self, *, closed: bool = False) -> None:
         self._wrote = self._clock()
         before = self._before["cpu_hours"] / self._workers["cpus"] * 3600
         counted = {
@@ -586,6 +587,8 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         }
         if (left := self.seconds_left()) is not None:
             counted["left_s"] = left
+        if closed:
+            counted[CLOSED] = 1.0
         text = json.dumps({name: round(value, 3) for name, value in counted.items()})
         write_text(self._experiment / "spent.json", text + "\n")
 

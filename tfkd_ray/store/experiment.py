@@ -487,10 +487,15 @@ def name_of_test(test: str) -> str:
     return str(parse_json(test)["name"]) if test.startswith("{") else test
 
 
+CLOSED = "closed"
+"""Key in spent.json: the driver has ended its sweep, and was not killed before that."""
+
+
 def read_spent(experiment: Path) -> Numbers:
     """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it.
 
-    `left_s` is the driver's estimate of the time left, if it had one.
+    `left_s` is the driver's estimate of the time left, if it had one. `CLOSED` is there if the last
+    driver came to its end, whether or not all trials did.
     """
     path = experiment / "spent.json"
     if not path.exists():
@@ -498,8 +503,7 @@ def read_spent(experiment: Path) -> Numbers:
     with damaged(path):
         counted = parse_json(read_text(path))
         found = {name: float(counted[name]) for name in ("seconds", "trial_seconds")}
-        if "left_s" in counted:
-            found["left_s"] = float(counted["left_s"])
+        found |= {name: float(counted[name]) for name in ("left_s", CLOSED) if name in counted}
         if not all(0 <= value < math.inf for value in found.values()):
             raise ValueError(f"{found}")
     return found
