@@ -84,7 +84,8 @@ def test_a_sweep_that_has_ended_is_answered_without_ray(
                 main(["resume", "over"])
     assert main(["resume", "over", "--on-end", NOTE]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("nothing is left to do: all 8 trials of over have ended\nnext:\n")
+    assert told.startswith("nothing is left to do: all 8 trials of over have ended\n8 trials, ")
+    assert "\nbest: t00" in told
     assert "  tfkd resume over --add-trials 8\n" in told
     assert (tmp_path / "notes").read_text() == f"finished {tmp_path / 'over'}\n"
     with pytest.raises(pytest.fail.Exception, match="Ray starts"):

@@ -150,8 +150,7 @@ def resume_verb(args: Namespace) -> int:
     if not (any(changes) or is_url(args.experiment)) and (over := _is_over(experiment)):
         with OnEnd(args.on_end, experiment) as end:
             print(over)
-            _print_next(space, experiment)
-            return end.of_code(OK)
+            return end.of_code(_print_summary(space, experiment, whole=True))
     join_ray(args.address, space.example.workers)
     from tfkd_ray.run.tune import resume_tuner
 
