@@ -177,13 +177,13 @@ def resume_verb(args: Namespace) -> int:
 def _is_over(experiment: Path) -> str:
     """Return a sentence if all trials of a sweep, and its driver, have ended and none is missing."""
     from tfkd_ray.show.status import status
-    from tfkd_ray.store.experiment import CLOSED, read_spent
+    from tfkd_ray.store.experiment import DRIVER_ENDED, read_spent
 
     found = status(experiment)
     planned = found["trials"]["planned"]
     if found["state"] != "finished" or planned is None or found["gone"]:
         return ""
-    if CLOSED not in read_spent(experiment):
+    if DRIVER_ENDED not in read_spent(experiment):
         return ""
     return f"nothing is left to do: all {planned:,} trials of {short_path(experiment)} have ended"
 

@@ -53,7 +53,7 @@ from tfkd_ray.store.ended import (
     read_briefs,
 )
 from tfkd_ray.store.experiment import (
-    CLOSED,
+    DRIVER_ENDED,
     FULL_LENGTH,
     STOPPED_BY,
     STOPS,
@@ -588,7 +588,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         if (left := self.seconds_left()) is not None:
             counted["left_s"] = left
         if closed:
-            counted[CLOSED] = 1.0
+            counted[DRIVER_ENDED] = 1.0
         text = json.dumps({name: round(value, 3) for name, value in counted.items()})
         write_text(self._experiment / "spent.json", text + "\n")
 

@@ -487,14 +487,14 @@ def name_of_test(test: str) -> str:
     return str(parse_json(test)["name"]) if test.startswith("{") else test
 
 
-CLOSED = "closed"
+DRIVER_ENDED = "closed"
 """Key in spent.json: the driver has ended its sweep, and was not killed before that."""
 
 
 def read_spent(experiment: Path) -> Numbers:
     """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it.
 
-    `left_s` is the driver's estimate of the time left, if it had one. `CLOSED` is there if the last
+    `left_s` is the driver's estimate of the time left, if it had one. `DRIVER_ENDED` is there if the last
     driver came to its end, whether or not all trials did.
     """
     path = experiment / "spent.json"
@@ -503,7 +503,9 @@ def read_spent(experiment: Path) -> Numbers:
     with damaged(path):
         counted = parse_json(read_text(path))
         found = {name: float(counted[name]) for name in ("seconds", "trial_seconds")}
-        found |= {name: float(counted[name]) for name in ("left_s", CLOSED) if name in counted}
+        found |= {
+            name: float(counted[name]) for name in ("left_s", DRIVER_ENDED) if name in counted
+        }
         if not all(0 <= value < math.inf for value in found.values()):
             raise ValueError(f"{found}")
     return found
