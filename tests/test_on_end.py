@@ -20,6 +20,7 @@ from tfkd_ray.cli.on_end import OnEnd
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml
 from tfkd_ray.space.arms import build_arms, new_comparison
+from tfkd_ray.store.storage import experiment_of
 
 NOTE = 'echo "$TFKD_STATUS $TFKD_EXPERIMENT" >> notes'
 
@@ -90,6 +91,10 @@ def test_a_sweep_that_has_ended_is_answered_without_ray(
     assert (tmp_path / "notes").read_text() == f"finished {tmp_path / 'over'}\n"
     with pytest.raises(pytest.fail.Exception, match="Ray starts"):
         main(["resume", "over", "--add-trials", "1"])
+    there = experiment_of(tmp_path / "over")
+    monkeypatch.setattr("tfkd_ray.store.storage.to_continue", lambda place: there)
+    with pytest.raises(pytest.fail.Exception, match="Ray starts"):  # it may lack files
+        main(["resume", "s3://bucket/over"])
 
 
 def test_ctrl_c_while_a_teacher_trains_says_what_is_kept_and_how_to_go_on(
