@@ -1,12 +1,12 @@
 """The model card of an exported student, and the header of its weights."""
 
-import importlib.metadata
 import json
 import shlex
 from pathlib import Path
 
 import torch
 
+from tfkd_ray import __version__
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.loop import LOOP_VERSION
@@ -36,7 +36,7 @@ def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
         "std": json.dumps(std),
         **({"class_names": json.dumps(names)} if names else {}),
         "license": licence or "none given",
-        "tfkd_ray": importlib.metadata.version("tfkd_ray"),
+        "tfkd_ray": __version__,
     }
 
 
@@ -61,7 +61,7 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
     yield dump_yaml({**given, "library_name": "pytorch", **about}).rstrip()
     yield "---"
     yield f"\n# {config.student.name} trained with {objective} on {data.name}"
-    yield f"\n`{chosen.name}`, written by tfkd_ray {importlib.metadata.version('tfkd_ray')}."
+    yield f"\n`{chosen.name}`, written by tfkd_ray {__version__}."
     yield from _use(config, result)
     yield "\n## How it was chosen\n"
     yield "\n\n".join([*chosen.selection, *notes])

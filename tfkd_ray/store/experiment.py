@@ -38,6 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from tfkd_ray import __version__
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, some_of
 from tfkd_ray.settings.files import (
@@ -245,7 +246,8 @@ def about_now(argv: list[str], tree: Values) -> Tree:
         "command": argv,
         "versions": {
             "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in ("tfkd_ray", "ray", "torch", "optuna")},
+            "tfkd_ray": __version__,  # a job may bring the package, which is not installed then
+            **{p: importlib.metadata.version(p) for p in ("ray", "torch", "optuna")},
         },
         "git_commit": _git_commit(),
     }
