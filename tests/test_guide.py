@@ -25,6 +25,7 @@ from tfkd_ray.cli.sweep import _print_summary
 from tfkd_ray.cli.terminal import TOLD_S, resume_command
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.shortened import without_defaults
+from tfkd_ray.learn.teachers import PROGRESS
 from tfkd_ray.run.tune import build_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.meant import no_such_setting, places_of, settings_below
@@ -140,12 +141,12 @@ def test_a_sweep_that_trains_its_teacher_first_is_not_called_missing(
         ('{"epoch": 7}', "; teacher cnn-0123abcd is being trained (epoch 7 ended 0:00 ago), and a sweep's directory"),
         ('{"epoch": [', ""), ("[7]", ""), ("", ""),
     ):  # fmt: skip
-        (folder / "progress.json").write_text(content)
+        (folder / PROGRESS).write_text(content)
         assert main(line.split()) == 2
         said = capsys.readouterr().err
         assert told in " ".join(said.split()) and ("teacher" in said) == bool(told)
-    (folder / "progress.json").write_text('{"epoch": 7}')
-    os.utime(folder / "progress.json", (time.time() - 2 * TOLD_S,) * 2)  # of a killed one
+    (folder / PROGRESS).write_text('{"epoch": 7}')
+    os.utime(folder / PROGRESS, (time.time() - 2 * TOLD_S,) * 2)  # of a killed one
     assert main(line.split()) == 2 and "teacher" not in capsys.readouterr().err
 
 

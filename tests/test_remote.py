@@ -21,6 +21,7 @@ import boto3
 import pytest
 from conftest import ROOT, long_after
 from ray import tune
+from test_faults import tuning
 from test_kill_points import comparison
 
 from tfkd_ray.cli.main import main
@@ -39,7 +40,6 @@ from tfkd_ray.run.confirm import judge_on_test
 from tfkd_ray.run.tune import _teacher_task, build_tuner, resume_tuner
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.yaml import dump_yaml
 from tfkd_ray.store import remote
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import read_records, trials_folder
@@ -1042,25 +1042,6 @@ def forget(*caches: str) -> None:
         shutil.rmtree(Path(cache) / "tfkd_ray" / "storage", ignore_errors=True)
 
 
-@contextlib.contextmanager
-def tuning(tree: dict[str, Any], bucket: str, here: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `tfkd tune` on a space, named e in a bucket, and end it with signal 9 if it still runs.
-
-    What it says goes to the file `said`.
-    """
-    (here / "space.yaml").write_text(dump_yaml(tree))
-    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e"]
-    with (here / "said").open("wb") as said:
-        driver = subprocess.Popen(
-            [*command, "--storage", bucket], cwd=here, stdout=subprocess.DEVNULL, stderr=said
-        )
-    try:
-        yield driver
-    finally:
-        driver.kill()
-        driver.wait()
-
-
 def until(there: Callable[[], bool]) -> None:
     for _ in range(600):
         if there():
@@ -1079,7 +1060,7 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     build_tuner(LONG, name="whole", storage=tmp_path).fit()
     elsewhere("driver")
     url = f"{bucket}/e"
-    with tuning(LONG, bucket, tmp_path) as driver:
+    with tuning(LONG, tmp_path, "--storage", bucket) as driver:
         until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
         until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.names())
         elsewhere("second")
@@ -1118,7 +1099,7 @@ def test_further_seeds_go_on_from_the_bucket_after_a_kill_with_9_and_the_loss_of
         """Return the runs with further seeds that the bucket knows."""
         return [n for n in server.names() if re.search(r"/trials/[^/]*seed[^/]*/trial.json$", n)]
 
-    with tuning(tree, bucket, tmp_path):
+    with tuning(tree, tmp_path, "--storage", bucket):
         until(lambda: len(seeds()) >= {"first": 1, "third": 3}[moment])
     forget(NODE, str(tmp_path / "driver"))
     monkeypatch.setattr(remote, "STALE_S", 0.0)
@@ -1140,7 +1121,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
     build_tuner(LONG, name="whole", storage=tmp_path).fit()
-    with tuning(LONG, bucket, tmp_path) as sweep:
+    with tuning(LONG, tmp_path, "--storage", bucket) as sweep:
         until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
         kept = server.objects()
         server.stop()

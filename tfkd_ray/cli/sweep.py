@@ -16,6 +16,7 @@ from tfkd_ray.settings.passwords import masked
 if TYPE_CHECKING:
     from tfkd_ray.space.space import Space
     from tfkd_ray.store.experiment import Record
+    from tfkd_ray.store.storage import Experiment
 from tfkd_ray.cli.compare import compare_arms
 from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_line, told_of_interrupt
 from tfkd_ray.cli.on_end import STOPPED, OnEnd
@@ -118,21 +119,7 @@ def resume_verb(args: Namespace) -> int:
     found = to_continue(args.experiment)
     experiment = found.folder
     if (experiment / "confirm.yaml").is_file():
-        budgets = {option: getattr(args, name) for option, name, _, _ in BUDGET_OPTIONS}
-        given = {
-            "--add-trials": args.add_trials or None,
-            "--space": args.space,
-            "--study-storage": args.study_storage,
-            **budgets,
-        }
-        if wrong := [option for option, value in given.items() if value is not None]:
-            problems = [
-                f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs"
-                for option in wrong
-            ]
-            raise ConfigError(problems, experiment)
-        with OnEnd(args.on_end, experiment) as end:
-            return end.of_code(compare_arms(found, args.address, end))
+        return _resume_comparison(found, args)
     about = read_experiment(experiment)
     if told := remember(about.get("directory")):
         say_error(told)
@@ -172,6 +159,25 @@ def resume_verb(args: Namespace) -> int:
             **{name: getattr(args, name) for name in BUDGETS},
         ),
     )
+
+
+def _resume_comparison(found: "Experiment", args: Namespace) -> int:
+    """Resume a comparison; raise a ConfigError for options that only a sweep has."""
+    budgets = {option: getattr(args, name) for option, name, _, _ in BUDGET_OPTIONS}
+    given = {
+        "--add-trials": args.add_trials or None,
+        "--space": args.space,
+        "--study-storage": args.study_storage,
+        **budgets,
+    }
+    if wrong := [option for option, value in given.items() if value is not None]:
+        problems = [
+            f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs"
+            for option in wrong
+        ]
+        raise ConfigError(problems, found.folder)
+    with OnEnd(args.on_end, found.folder) as end:
+        return end.of_code(compare_arms(found, args.address, end))
 
 
 def _is_over(experiment: Path) -> str:

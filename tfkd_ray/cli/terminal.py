@@ -211,6 +211,7 @@ def _teacher_in_training(storage: Path) -> str:
 
     told: dict[Path, float] = {}
     for folder in (storage, DEFAULT_STORAGE):
+        # `learn.teachers.PROGRESS`, whose module imports torch
         for path in folder.glob("teachers/*/progress.json"):
             with contextlib.suppress(OSError):  # its training has just ended
                 told[path] = path.stat().st_mtime

@@ -590,17 +590,7 @@ def train_teachers(
     note = on_note or to_stderr
     runs, folder = list(runs), storage.folder
     for run in runs:
-        teachers.fetch_teacher(run, storage, weights=False)
-        if not teachers.is_trained(run, folder) and (
-            changed := teachers.of_other_data(run, folder)
-        ):
-            note(changed)
-        if run.weights is not None:
-            if teachers.is_trained(run, folder):
-                teachers.check_source(run, folder)
-            else:
-                teachers.take_weights(run, folder)
-                teachers.upload(run, storage)
+        _look_at(run, storage, note)
     tasks = []
     for run in runs:
         if not teachers.is_trained(run, folder):
@@ -624,6 +614,22 @@ def train_teachers(
             else:
                 raise TeacherFailed(reason) from None
     teachers.tell_doubts(runs, folder, note)
+
+
+def _look_at(run: TeacherRun, storage: Storage, note: Say) -> None:
+    """Take a teacher's weights from their file, if it has one; note that its data have changed."""
+    folder = storage.folder
+    teachers.fetch_teacher(run, storage, weights=False)
+    is_there = teachers.is_trained(run, folder)
+    if not is_there and (changed := teachers.of_other_data(run, folder)):
+        note(changed)
+    if run.weights is None:
+        return
+    if is_there:
+        teachers.check_source(run, folder)
+        return
+    teachers.take_weights(run, folder)
+    teachers.upload(run, storage)
 
 
 def _begun_teacher(run: TeacherRun, storage: Storage) -> Any:
