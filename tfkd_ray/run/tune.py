@@ -590,7 +590,7 @@ def train_teachers(
     note = on_note or to_stderr
     runs, folder = list(runs), storage.folder
     for run in runs:
-        _look_at(run, storage, note)
+        _prepare(run, storage, note)
     tasks = []
     for run in runs:
         if not teachers.is_trained(run, folder):
@@ -616,7 +616,7 @@ def train_teachers(
     teachers.tell_doubts(runs, folder, note)
 
 
-def _look_at(run: TeacherRun, storage: Storage, note: Say) -> None:
+def _prepare(run: TeacherRun, storage: Storage, note: Say) -> None:
     """Take a teacher's weights from their file, if it has one; note that its data have changed."""
     folder = storage.folder
     teachers.fetch_teacher(run, storage, weights=False)
