@@ -1,6 +1,6 @@
 """Measure soft labels of the 50 largest logits: what they lose, their size, and the time of a step.
 
-    python benchmarks/top50.py [--epochs 12] [--rounds 9] [--out FILE]
+    python benchmarks/top50.py [--epochs 12] [--rounds 9] [--student resnet18] [--out FILE]
 
 The data have 1,000 classes in 100 families: an image is its class's picture, which is like those of
 its family, shifted, with noise. A teacher is trained on them here. Printed are, at each temperature,
@@ -62,7 +62,9 @@ def few(split: str) -> tuple[Any, Any]:
     return images[::TRAIN][:TIMED], labels[::TRAIN][:TIMED]
 
 
-def config(objective: Any, labels: str, epochs: int, data: str = "load") -> TrainConfig:
+def config(
+    objective: Any, labels: str, epochs: int, data: str = "load", student: str = "cnn"
+) -> TrainConfig:
     tree = {
         "data": {
             "name": "own",
@@ -72,7 +74,7 @@ def config(objective: Any, labels: str, epochs: int, data: str = "load") -> Trai
             "val_fraction": 0.0 if data == "few" else 0.1,
         },
         "objective": objective,
-        "student": {"name": "cnn", "widths": [64, 128]},
+        "student": {"name": "cnn", "widths": [64, 128]} if student == "cnn" else student,
         "teacher": {
             "model": {"name": "mlp", "hidden": [512]},
             "epochs": epochs,
@@ -96,11 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--student", default="cnn", help="whose steps are timed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     kd = {"name": "kd", "alpha": 0.9, "temperature": 1}
     ways = {"ce": ("ce", "bank"), "kd bank": (kd, "bank"), "kd top50": (kd, "top50")}
-    configs = {name: config(*way, args.epochs, "few") for name, way in ways.items()}
+    configs = {name: config(*way, args.epochs, "few", args.student) for name, way in ways.items()}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         whole = config(kd, "bank", args.epochs)
