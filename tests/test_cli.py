@@ -827,7 +827,7 @@ def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "mine.yaml", "optim.lr=1", "data=imagenet", "student=resnet18", "--download"], "data imagenet: not for download; register at"),
         (["teacher", "train", "mine.yaml"], "none of its objectives needs a teacher"),
         (["teacher", "show", "cnn-1"], "no teacher 'cnn-1'; there is none"),
-        (["export", "."], "holds no student"),
+        (["export", "."], "has no student"),
         (["report", "."], "no experiment.yaml in it"),
         (["status", "nowhere"], "no such directory"),
         (["logs", ".", "t0000"], "no experiment.yaml in it"),

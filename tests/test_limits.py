@@ -278,7 +278,7 @@ def test_readers_say_that_no_trial_meets_the_constraints(
     out = capsys.readouterr().out
     said = " ".join(out.replace("\n#", "").split())
     assert "it does not meet the constraints (val_ece is 0.25)" in said
-    assert "no trial of full length meets them: it is the best of those that do not" in said
+    assert "no trial of full length meets them; this is the best of the others" in said
     report(sweep, sweep.parent / "e.html")
     assert "No trial of full length meets them" in (sweep.parent / "e.html").read_text()
     note = arms_of(sweep, top_k=1, rivals=()).note

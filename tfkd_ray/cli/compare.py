@@ -175,8 +175,8 @@ def _tuned_baselines(
         space = baseline_space(experiment, lacking, max(lacking.values()))
         names = " and ".join(lacking)
         say_error(
-            f"baselines: {names} had fewer trials than the winner's objective, or are tuned in name only; "
-            f"tuning them first, in {short_path(tuned)}"
+            f"baselines: {names} had fewer trials than the winner's objective, or are hardly tuned; tuning them first, "
+            f"in {short_path(tuned)}"
         )
         have_data(space.example, args)
         space.example.data.examine()

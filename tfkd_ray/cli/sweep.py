@@ -315,7 +315,7 @@ def _print_limits(limits: str, *, met: bool) -> None:
     """Print whether the best trial meets the constraints."""
     text = f"it meets the constraints: {limits}"
     if not met:
-        text = f"no trial of full length meets the constraints: {limits}; it is the best of those that do not"
+        text = f"no trial of full length meets the constraints: {limits}; this is the best of the others"
     print(*wrapped(text, first="  "), sep="\n")
 
 
@@ -347,7 +347,7 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     alike = [r for r in records if r.status == "done" and (metric in r.means) == again]
     ties = sum(r.judged.get(metric) == winner.judged[metric] for r in alike)
     if ties > 1:
-        print(f"{ties} trials share this value; the first of them is named")
+        print(f"{ties} trials share this value; the first one is named")
     if guessed := chance_note(space.example.data, winner.last.get("val_accuracy")):
         print(*wrapped(f"note: {guessed}"), sep="\n")
     if space.search.more_metrics:

@@ -808,7 +808,7 @@ def outcome_table(result: Tree) -> list[str]:
     lines = [*wrapped(result["title"]), *wrapped(where)]
     if result["preset"]:
         lines.append(
-            f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published"
+            f"PRESET {result['preset']}: scaled down for a quick try; not comparable with published results"
         )
     printed = any(arm["published"] is not None for arm in result["arms"])
     lines += wrapped(result["note"]) if result["note"] else []

@@ -625,9 +625,7 @@ def best_lines(found: Tree, experiment: Path) -> list[str]:
     if found["constraints"]:
         limited.append(f"constraints: {found['constraints']}; it {best[0]['limited']}")
         if not best[0]["feasible"]:
-            limited.append(
-                "no trial of full length meets them: it is the best of those that do not"
-            )
+            limited.append("no trial of full length meets them; this is the best of the others")
     if len(metrics) == 1:
         value, seeds = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}", best[0]["seeds"]
         value += error_text(best[0]["errors"][metrics[0]], seeds)
@@ -837,7 +835,7 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     lines = [fitted(found["name"], max(8, width - len(tail))) + tail, ""]
     if found["preset"]:
         lines.insert(
-            1, f"PRESET {found['preset']}: scaled down, not comparable with what is published"
+            1, f"PRESET {found['preset']}: scaled down, not comparable with published results"
         )
     lines += [*in_columns(_table_rows(found), width), ""]
     if found["further"]:

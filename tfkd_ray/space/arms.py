@@ -354,7 +354,7 @@ def untuned(experiment: Path) -> dict[str, int]:
     """Return the baselines to tune before a verdict, and how many trials each of them needs.
 
     These are baselines with fewer trials than the winner's objective, without one of full length,
-    and those that are tuned in name only. A baseline whose settings are all fixed is not one of them.
+    and those that are hardly tuned. A baseline whose settings are all fixed is not one of them.
     """
     winner = _candidates(experiment, 1)[0]
     records = read_records(experiment)

@@ -364,7 +364,7 @@ def gone_sentence(names: Sequence[str]) -> str:
     """Return the sentence about trials whose folders are gone."""
     what = "its folder is" if len(names) == 1 else "their folders are"
     gone = f"the study has {some_of(names)}, and {what} gone"
-    return f"{gone}: what they came to is in the study alone; put the folders back"
+    return f"{gone}: their results are in the study alone; put the folders back"
 
 
 def read_record(folder: Path) -> Record:
