@@ -276,7 +276,9 @@ def test_a_hardly_tuned_baseline_is_to_be_tuned_and_named_by_the_verdict(sweep: 
     assert untuned(sweep) == {"ce": FEWEST_TRIALS, "lsr": FEWEST_TRIALS}
     few = "ce (3 trials) and lsr (3 trials, 39.00 points behind ce)"
     assert arms_of(sweep, top_k=1).note == f"Baselines hardly tuned: {few}."
-    assert arms_of(sweep, top_k=1, rivals=rivals_of("ce")).note.endswith("hardly tuned: ce (3 trials).")
+    assert arms_of(sweep, top_k=1, rivals=rivals_of("ce")).note.endswith(
+        "hardly tuned: ce (3 trials)."
+    )
 
 
 def test_tune_and_the_report_name_a_baseline_in_name_only(

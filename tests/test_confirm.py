@@ -503,7 +503,9 @@ def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_pa
 )  # fmt: skip
 def test_a_line_that_tells_of_no_opening_is_a_sentence(line: str, tmp_path: Path) -> None:
     (tmp_path / "test_openings.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ConfigError, match=r"test_openings.jsonl.*\n? *was changed by hand, or cut"):
+    with pytest.raises(
+        ConfigError, match=r"test_openings.jsonl.*\n? *was changed by hand or truncated"
+    ):
         openings(tmp_path, Digits())
 
 

@@ -727,7 +727,7 @@ def test_a_head_that_is_killed_while_a_teacher_trains_is_said_and_nothing_is_lef
     kd = tree({"num_samples": 1}, objective="kd", teacher=teacher)
     with tuning(kd, tmp_path) as driver:
         wait(lambda: list(tmp_path.glob("tfkd_results/teachers/*/.lock")), "a teacher", 200)
-        again = "run the same command again; teachers that are trained are kept\n"
+        again = "run the same command again; trained teachers are kept\n"
         assert_ends_without_its_head(driver, tmp_path, again)
 
 

@@ -202,10 +202,7 @@ def test_of_few_trials_nothing_is_concluded(tmp_path: Path) -> None:
     make_sweep(tmp_path / "few", 8)
     report(tmp_path / "few", tmp_path / "r.html")
     text = without_plotly(tmp_path / "r.html")
-    assert (
-        text.count("Too few trials to tell") == 1
-        and "importance of the settings of" in text
-    )
+    assert text.count("Too few trials to tell") == 1 and "importance of the settings of" in text
 
 
 def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
@@ -613,7 +610,7 @@ def test_a_comparison_that_is_not_judged_says_so(comparison: Path, tmp_path: Pat
         and "15 of 15 runs are trained. The test split has not been opened" in text
     )
     (tmp_path / "c" / "confirm.json").write_text('{"title": ')
-    with pytest.raises(ConfigError, match=r"confirm.json:\n.*changed by hand, or cut"):
+    with pytest.raises(ConfigError, match=r"confirm.json:\n.*changed by hand or truncated"):
         report(tmp_path / "c", tmp_path / "r.html")
 
 

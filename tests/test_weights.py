@@ -250,7 +250,7 @@ def test_another_file_is_no_weights(name: str, content: bytes, tmp_path: Path) -
 
 
 def test_files_that_are_not_there_are_said(tmp_path: Path) -> None:
-    assert refused(tmp_path / "w.pt") == f"no such file (looked from {Path.cwd()})"
+    assert refused(tmp_path / "w.pt") == f"no such file (searched from {Path.cwd()})"
     assert refused(tmp_path) == "is a directory; name a file in it: it holds no weights"
     (tmp_path / "b.pth").touch()
     assert refused(tmp_path) == "is a directory; name a file in it: b.pth"

@@ -268,7 +268,7 @@ def _no_copy(here: str) -> Sentences:
         yield from error.problems
         return
     if not path.exists():
-        yield f"{here} is not there (looked from {Path.cwd()})"
+        yield f"{here} does not exist (searched from {Path.cwd()})"
         return
     below = (Path(where) / name for where, _, names in os.walk(path) for name in names)
     for inside in (path, *below):

@@ -196,7 +196,7 @@ def _read_weights(path: Path) -> dict[str, Weights]:
     try:
         opened(path).close()
     except FileNotFoundError:
-        raise ConfigError(f"no such file (looked from {Path.cwd()})") from None
+        raise ConfigError(f"no such file (searched from {Path.cwd()})") from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
     tree = _parsed(path)

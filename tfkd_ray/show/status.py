@@ -245,7 +245,7 @@ def _no_experiment(directory: Path) -> str:
         return "no such directory" + (f"; {did_you_mean(directory.name, near)}" if near else "")
     inside = [p.name for p, why in _experiments_in(directory) if not why]
     if inside:
-        return f"not an experiment, but a directory of experiments; name one of them: {', '.join(inside[:9])}"
+        return f"not an experiment but a directory of experiments; name one of them: {', '.join(inside[:9])}"
     return "not an experiment: there is no experiment.yaml in it, and no confirm.yaml"
 
 
@@ -295,7 +295,7 @@ def record_of(folder: Path) -> Record | None:
             raise
         raise ConfigError(f"cannot be read: {error.strerror}", error.filename or path) from None
     except ValueError as error:
-        raise ConfigError(f"was changed by hand, or cut: {error}", path) from None
+        raise ConfigError(f"was changed by hand or truncated: {error}", path) from None
 
 
 def last_line(path: Path) -> Numbers:
@@ -1003,7 +1003,7 @@ def ls(storage: Path) -> list[Tree]:
     """
     if not storage.is_dir():
         raise ConfigError(
-            "no such directory; name where the experiments are: --storage DIR", storage
+            "no such directory; name the directory of the experiments: --storage DIR", storage
         )
     found = []
     for experiment, why in _experiments_in(storage):
