@@ -62,7 +62,7 @@ def noted(tfkd: Run, tmp_path: Path, *words: str) -> None:
     assert done.returncode == 0, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
     assert re.search(
-        "note: (arm ce: )?model soft:network: gives probabilities .* it seems to end in softmax",
+        "note: (arm ce: )?model soft:network: returns probabilities .* It seems to end in softmax",
         said,
     )
 
@@ -188,7 +188,10 @@ def test_check_says_what_is_searched_fixed_and_conditional(
     assert main(["check", "digits_tfkd", "search.num_samples=40", more]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "then 2 further seeds of the best 3 of each objective: the best trial is chosen by their" in " ".join(out.split())
+    assert (
+        "then 2 further seeds of the best 3 of each objective: the best trial is chosen by their"
+        in " ".join(out.split())
+    )
     assert "40 trials, 10 for each of 4 objectives, 54 epochs each" in out
     assert "stopped by halving after [6, 18] epochs" in out
     assert re.search(
@@ -711,7 +714,7 @@ def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider
     page = (here / "report.html").read_text()
     assert (
         "Validation accuracy against parameters of the student" in page
-        and f"The front over all 3 metrics: {', '.join(front)}" in page
+        and f"The Pareto front of 2 metrics: {', '.join(front)}" in page
     )
     (here / "wider.yaml").write_text(
         text.replace("low: 0.01", "low: 0.001").replace("num_samples: 4", "num_samples: 5")
@@ -800,7 +803,7 @@ def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "digits_arms", "--seeds", "3..20", "--slots", "2"]) == 0
     out = capsys.readouterr().out
     assert "6600 epochs in all, in 220 runs" in out and max(map(len, out.splitlines())) <= 80
-    assert "this is for the limit of 20 seeds" in out
+    assert "this is the limit of 20 seeds" in out
 
 
 @pytest.mark.slow

@@ -263,7 +263,7 @@ def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(
             f"({report['bad'][:8]}): 3 trials in a row were lost there: AcceleratorError: CUDA error: an illegal"
             in note
         )
-        assert note.endswith("it gets no more trials of this sweep")
+        assert note.endswith("the node gets no more trials of this sweep")
     assert len(report["notes"]) == (sum(report["lost"]) == 3), report
 
 

@@ -785,7 +785,7 @@ def test_the_script_of_the_cookbook_names_the_classes_of_image_files(
 def test_data_without_image_files_say_so_and_their_classes_are_numbers() -> None:
     config = validated(TrainConfig, {"objective": "ce"})
     assert class_names(config) == [str(k) for k in range(10)]
-    with pytest.raises(ConfigError, match="data digits: its images come from no image files"):
+    with pytest.raises(ConfigError, match="data digits: its images do not come from image files"):
         read_images(config, ["3.png"])
 
 

@@ -411,7 +411,7 @@ def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(
     while len(tried) < 3:
         next(run)
     assert len(said) == 1 and said[0] == (
-        "no checkpoint: [Errno 28] No space left on device: 'last.ckpt'; training goes on, and the next one is tried in 0 s"
+        "no checkpoint: [Errno 28] No space left on device: 'last.ckpt'; training continues, and the next checkpoint is tried in 0 s"
     )
     run_on = next(run)
     room[0] = True
@@ -761,8 +761,8 @@ def test_what_cannot_be_compiled_is_told_with_the_way_out(
     with pytest.raises(RuntimeError) as raised:
         next(train(config(compile="on")))
     assert str(raised.value) == (
-        f"compile: torch cannot compile mlp here: {what}; if it is for want of g++ or Python's headers, install them on "
-        "every node; or set compile=off"
+        f"compile: torch cannot compile mlp here: {what}; if g++ or Python's headers are missing, install them on "
+        "every node, or set compile=off"
     )
 
 

@@ -47,7 +47,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     return how
 
 
-BUDGET = "search.time_budget_s: 61 of 60 s are reached"
+BUDGET = "search.time_budget_s: limit reached (61 of 60 s)"
 
 
 @pytest.mark.parametrize(

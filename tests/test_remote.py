@@ -1160,7 +1160,7 @@ def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_la
     (experiment / "spent.json").write_text("{}")
     uploads.on_close([])
     assert notes[-1] == (
-        f"{bucket}/late: not all is uploaded: does not answer; check the network and the endpoint ({server.url}); "
+        f"{bucket}/late: the upload is incomplete: does not answer; check the network and the endpoint ({server.url}); "
         f"the rest is on this machine, in {experiment}; when the store answers, upload it from here: tfkd resume {bucket}/late"
     )
 

@@ -302,7 +302,7 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
         ),
         (
             {"run_config": tune.RunConfig(failure_config=tune.FailureConfig(fail_fast=True))},
-            "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials",
+            "run_config.failure_config.fail_fast: a failed trial does not raise here; set search.max_failed_trials",
         ),
         (
             {"run_config": tune.RunConfig(storage_filesystem=LocalFileSystem())},

@@ -180,9 +180,7 @@ def _plan_comparison(args: Namespace) -> int:
     slots = args.slots or run_slots_here(compared.example, sum(p.trials for p in found.parts))
     print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
     if first_look is not None:
-        print(
-            f"this is for the limit of {most} seeds; the comparison ends earlier once every verdict is settled"
-        )
+        print(f"this is the limit of {most} seeds; it ends earlier once every verdict is settled")
     return OK
 
 

@@ -519,7 +519,7 @@ def pareto_section(sweep: Sweep) -> Figure:
         if any(_has_numbers(found, (first, other)) for found in values):
             panels.append(_front_panel(sweep, first, other))
     names = [score_of(m).title for m in (first, *others)]
-    many = f" The front over all {len(searched)} metrics: {some_of([r.name for r in front], 10)}."
+    many = f" The Pareto front of {len(searched)} metrics: {some_of([r.name for r in front], 10)}."
     return Figure(
         "pareto",
         f"{names[0][0].upper()}{names[0][1:]} against {' and '.join(names[1:])}",
