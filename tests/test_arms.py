@@ -241,7 +241,7 @@ def test_of_an_objective_without_parts_there_is_no_scaled_ce_and_the_note_says_w
     compared = arms_of(sweep, top_k=1)
     assert "ce-scaled" not in {arm.name for arm in compared.arms}
     assert compared.note.endswith(
-        "tfkd_reg does not give CE as a part, so its weight of CE is unknown, and there is no baseline ce-scaled."
+        "tfkd_reg does not return CE as a separate part, so its weight of CE is unknown, and there is no baseline ce-scaled."
     )
 
 
@@ -319,9 +319,7 @@ def test_baselines_of_a_grid_are_tuned_by_a_sampler_and_one_without_ranges_is_an
     assert [arm.name for arm in compared.arms] == ["t0000-kd", "ce"]
     assert compared.named("ce").config.objective.name == "ce"
     assert compared.title == "g: the best 1 against baselines"
-    assert compared.note.startswith(
-        "This space fixes every setting of ce, so nothing of it was tuned"
-    )
+    assert compared.note.startswith("This space fixes every setting of ce, so that was not tuned")
 
 
 def trials(objective: str, values: list[float], status: str = "done") -> list[Record]:

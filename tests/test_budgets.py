@@ -156,7 +156,10 @@ def test_failed_trials_are_counted_once_each(tmp_path: Path) -> None:
         tell(b, "start", trial)
         tell(b, "result", trial, result={"failed": "OSError", "done": True})
         tell(b, "error", trial)
-    assert b.stop_all() and b.reason == "search.max_failed_trials: limit reached (2 of 2 failed trials)"
+    assert (
+        b.stop_all()
+        and b.reason == "search.max_failed_trials: limit reached (2 of 2 failed trials)"
+    )
 
 
 def test_a_budget_does_not_end_a_search_that_has_ended(tmp_path: Path) -> None:
@@ -330,7 +333,9 @@ def test_gpu_hours_where_trials_use_no_gpu_are_refused(
         main(["tune", str(tmp_path / "e.yaml"), "--storage", str(tmp_path), "--gpu-hours", "1"])
         == 2
     )
-    assert "gpu_hours: trials here use no GPU, so it would never end" in capsys.readouterr().err
+    assert (
+        "gpu_hours: trials here use no GPU, so the sweep would never end" in capsys.readouterr().err
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["e.yaml"]
 
 
@@ -457,7 +462,9 @@ def endless(**search: Any) -> dict[str, Any]:
 def test_a_sweep_without_a_number_of_trials_needs_a_budget_that_is_spent_in_the_end(
     search: dict[str, Any],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"search\.num_samples: null is until a budget is spent"):
+    with pytest.raises(
+        ConfigError, match=r"search\.num_samples: null means until a budget is spent"
+    ):
         build_space(endless(time_budget_s=None, **search))
     with pytest.raises(ConfigError, match="each is one trial, got null; leave it out"):
         build_space({**endless(sampler="grid"), "optim": {"lr": {"choices": [0.1, 0.2]}}})

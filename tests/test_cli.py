@@ -315,7 +315,7 @@ def test_check_notes_that_nothing_is_searched(
 ) -> None:
     assert main(["check", "mine.yaml", "optim.lr=0.1"]) == 0
     out = capsys.readouterr().out
-    assert "note: nothing is searched: all 2 trials are one and the same run" in out
+    assert "note: nothing is searched: all 2 trials are the same run, including the seed" in out
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -823,7 +823,7 @@ def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "digits_arms", "--seeds", "2..9"], "the first look needs 3 seeds or more"),
         (["plan", "digits_arms", "--seeds", "1000000000"], "at most 1000 seeds of each arm"),
         (["confirm", "digits_arms", "--seeds", "3..1001"], "at most 1000 seeds of each arm"),
-        (["confirm", "mine.yaml"], "mine.yaml: is a search space, and has no arms to compare; sweep it with `tfkd tune`"),
+        (["confirm", "mine.yaml"], "mine.yaml: is a search space without arms to compare; sweep it with `tfkd tune`"),
         (["confirm", "digits_arms", "epochs=x"], "arms.ce.epochs: should be a whole number"),
         (["confirm", "digits_arms", "--preset", "tiny"], "invalid choice: 'tiny'"),
         (["confirm", "paper/table_1", "data.root=/nowhere"], "data cifar100: not found: cifar-100-python.tar.gz"),

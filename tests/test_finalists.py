@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a word that is not there": ({"finalists": {"seed": 3}}, "finalists.seed: .*did you mean 'seeds'"),
     "several metrics": (
         {"metric": ["val_accuracy", "val_ece"], "stopping": "none"},
-        "finalists: the best are those of one metric, and there are 2",
+        "finalists: finalists are ranked by one metric, and there are 2",
     ),
     "until a budget is spent": (
         {"num_samples": None, "time_budget_s": 60},

@@ -289,7 +289,7 @@ def test_a_wrong_file_name_key_or_verb_is_answered_before_anything_large_is_impo
         ("check mine.yaml epochs= 3", "epochs= 3: the shell splits words at blanks; write epochs=3"),
         ("check mine.yaml seed=1 epochs =3", "epochs =3: the shell splits words at blanks; write epochs=3"),
         ("check mine.yaml search.finalists={k:3}", "YAML needs a blank after the colon: k: 3"),
-        ("confirm mine.yaml", "is a search space, and has no arms to compare; sweep it with `tfkd tune`"),
+        ("confirm mine.yaml", "is a search space without arms to compare; sweep it with `tfkd tune`"),
         ("check mine.yaml epochs=x optim.momentum=y", "got 'y' (in 'optim.momentum=y')"),
         ("tune mine.yaml --num-samples 0", "got 0 (in '--num-samples 0')"),
         ("tune mine.yaml --time-budget -1", "(in '--time-budget -1.0')"),

@@ -188,7 +188,7 @@ def make_experiment(e: Path, s: Space) -> None:
         ({"constraints": {"val_ece": {"low": 0.3, "high": 0.2}}}, "search.constraints.val_ece: low must not be above high, got low 0.3, high 0.2"),
         ({"constraints": {"val_accuracy": {"low": 1.5}}}, "search.constraints.val_accuracy.low: no trial is above 1, got 1.5"),
         ({"constraints": {"val_nll": {"high": -1}}}, "search.constraints.val_nll.high: no trial is below 0, got -1"),
-        ({"constraints": {"parameters": {"high": 1e6}}}, "search.constraints: parameters are the same in all trials where the student is fixed"),
+        ({"constraints": {"parameters": {"high": 1e6}}}, "search.constraints: the number of parameters is the same in all trials, because the student is fixed"),
         ({"constraints": {"val_ema_ece": {"high": 0.1}}}, "search.metric: val_ema_ece is of averaged weights, and not all trials have ema"),
         *(({"sampler": s, **CONSTRAINED}, f"search.constraints: {s} does not learn which trials meet them; use tpe or gp") for s in ("random", "qmc", "cmaes")),
     ],

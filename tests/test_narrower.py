@@ -135,7 +135,7 @@ def test_an_objective_may_be_left_out_and_its_trials_stay_on_record(tmp_path: Pa
     left = build_space({**tree, "search": search})
     assert not_comparable(space(), left) == []
     (problem,) = not_superset(space(), left)
-    assert problem == "objective: existing trials have ce, and the new space lacks it; add it"
+    assert problem == "objective: existing trials have ce, but the new space lacks it; add it"
     new = OptunaSearcher(left, journal)
     copy_trials(OptunaSearcher(space(), journal), new)
     assert len(new.outside()) == 8 and {n[6:] for n in new.outside().values()} == {"ce"}

@@ -1218,7 +1218,7 @@ EDITS = [
     ({"epochs": 18}, "epochs: was 9, and is 18 now"),
     ({"seed": 3}, "seed: was 0, and is 3 now"),
     ({"objective": ["lsr", "tfkd_reg", {"name": "ce", "loss_scale": 2.0}]}, "objective.ce.loss_scale: was 1.0, and is 2.0 now"),
-    ({"objective": [{"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}]}, "objective: existing trials have ce, and the new space lacks it; add it"),
+    ({"objective": [{"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}]}, "objective: existing trials have ce, but the new space lacks it; add it"),
     ({"optim": {"lr": {"low": 0.001, "high": 1, "log": True}}}, "its space was widened by hand; restore it, and resume with: tfkd resume --space FILE"),
 ]  # fmt: skip
 

@@ -526,7 +526,7 @@ def test_a_jobs_metadata_and_files_hold_no_secret(
     ):
         assert main(["tune", "small.yaml", "--cluster", "local", *words]) == 2
         err = capsys.readouterr().err
-        assert "a job's command is shown on the dashboard" in err and "pw-canary" not in err
+        assert "the dashboard shows a job's command" in err and "pw-canary" not in err
 
 
 # --- ports -------------------------------------------------------------------------------------------------------

@@ -856,7 +856,7 @@ def test_the_ratio_is_searched_for_the_objectives_that_use_it() -> None:
     names = {b.objective: [p.name for p in b.parameters] for b in space.branches}
     assert names["kd"] == ["data.unlabelled_ratio", "optim.lr"] and names["ce"] == ["optim.lr"]
     assert len(space.teacher_runs()) == 1
-    with pytest.raises(ConfigError, match=r"data.subset: one value for the whole sweep"):
+    with pytest.raises(ConfigError, match=r"data.subset: must have one value for the whole sweep"):
         build_space({**SPACE, "data": {**SPACE["data"], "subset": {"choices": [200, 300]}}})
 
 
