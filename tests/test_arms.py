@@ -132,7 +132,9 @@ def test_a_teacher_judged_by_accuracy_needs_validation() -> None:
     arms = build_arms(
         with_arm(name="x", objective="kd", teacher={"model": "cnn", "stop_accuracy": 0.5})
     )
-    with pytest.raises(ConfigError, match=r"arms.x.teacher.stop_accuracy: needs validation"):
+    with pytest.raises(
+        ConfigError, match=r"arms.x.teacher.stop_accuracy: needs a validation split"
+    ):
         runs_of(arms, [1])
 
 

@@ -365,7 +365,7 @@ def test_cmaes_goes_on_only_with_a_study_of_ones_own(
     monkeypatch.setattr("os.getuid", lambda: 4321)
     with pytest.raises(
         ConfigError,
-        match=r"study.journal is another user's \(0\), and cmaes keeps its state .* which runs as code",
+        match=r"study.journal is another user's \(0\), and cmaes keeps its state .* which can run code",
     ):
         resume_tuner(sweep, add_trials=1)
     assert (

@@ -312,7 +312,7 @@ def _parser() -> ArgumentParser:
             "overrides",
             nargs="*",
             metavar="key.path=value",
-            help="settings that replace the file's",
+            help="settings that override the file's",
         )
 
     def download(sub: ArgumentParser) -> None:
@@ -525,7 +525,7 @@ def _parser() -> ArgumentParser:
         "best",
         best_verb,
         "Print the configuration of the best trial, as a file for `tfkd train`. For a sweep with several metrics, "
-        "print the Pareto front: the trials that no other trial beats in all metrics.",
+        "also list the Pareto front: the trials that no other trial beats in all metrics.",
     )
     experiment(sub)
     _flag(sub, "--all", "print every setting, including those at their defaults")
@@ -626,7 +626,7 @@ def _parser() -> ArgumentParser:
         "./tfkd_results)",
     )
     sub.add_argument("--space", metavar="FILE", help="search space whose trials must fit")
-    _flag(sub, "--reap", "remove placement groups of jobs that have ended")
+    _flag(sub, "--reap", "remove placement groups of ended jobs")
 
     _cluster_parser(
         verb("cluster", _cluster, "Check, start, watch and stop clusters; see docs/clusters.md.")
