@@ -109,7 +109,7 @@ def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 1
     assert time.monotonic() - began < 30
     assert (
-        "the job did not begin" in (said := capfd.readouterr().err)
+        "the job did not start" in (said := capfd.readouterr().err)
         and "did not end within 6 s" in said
     )
 

@@ -701,7 +701,7 @@ def test_wrong_credentials_and_missing_rights_are_told_apart(
 def test_commands_say_it_with_the_url_and_end_with_2(bucket: str, tfkd: Run) -> None:
     space = "digits_tfkd"
     assert "no such bucket" in refused(tfkd, "tune", space, "--storage", "s3://none/x")
-    assert "there is nothing; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
+    assert "nothing found; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
     assert "does not answer" in refused(
         tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1"
     )

@@ -175,7 +175,7 @@ def _about_teacher(chosen: Chosen, run: TeacherRun) -> Sentences:
     weights = about["config"].get("weights")
     if weights:
         name = weights if weights.startswith("torchvision") else Path(weights).name
-        yield f"Its weights are from elsewhere (`{name}`); what they were trained on is not known."
+        yield f"Its weights are external (`{name}`); it is unknown what they were trained on."
     else:
         epochs = f"{about['metrics']['epoch']:.0f} of {run.epochs} epochs"
         yield f"A {run.student.name} trained with {run.objective.name}, {epochs}, seed {run.seed}."

@@ -597,7 +597,7 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
             box_html(
                 "open",
                 "Not judged yet",
-                f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}",
+                f"{text} Resume it with: tfkd resume {shlex.quote(directory.name)}",
             )
         ]
     boxes: list[str | Figure] = []
