@@ -21,7 +21,7 @@
 # --exclusive: when the sweep ends, Ray's `symmetric-run` ends all your Ray processes on these nodes
 
 set -euo pipefail
-TFKD_RESULTS=/shared/$USER/tfkd_results      # experiments and teachers: a directory that all nodes see
+TFKD_RESULTS=/shared/$USER/tfkd_results      # experiments and teachers: a directory that all nodes can reach
 source "$HOME/tfkd-env/bin/activate"         # with Python 3.11, created once; its versions are checked here:
 python -c 'import importlib.metadata as m, sys
 wrong = [p for p in sys.argv[1:] if m.version(p.split("==")[0]).split("+")[0] != p.split("==")[1]]

@@ -94,8 +94,8 @@ def test_a_head_that_dies_while_a_job_is_sent_is_told_from_a_job_that_failed(
     assert time.monotonic() - began < 60
     last = capfd.readouterr().err.rpartition("tfkd tune: ")[2]
     assert (
-        f"the head at {head} went away while it was sent job tune-" in last
-        and "whether the job runs is not known" in last
+        f"the head at {head} disappeared while job tune-" in last
+        and "so it is unknown whether the job runs" in last
     )
 
 
@@ -109,7 +109,7 @@ def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 1
     assert time.monotonic() - began < 30
     assert (
-        "the job did not begin" in (said := capfd.readouterr().err)
+        "the job did not start" in (said := capfd.readouterr().err)
         and "did not end within 6 s" in said
     )
 
@@ -279,7 +279,7 @@ def test_a_kubectl_that_does_not_answer_is_given_up(
     [
         (["confirm", "digits_arms", "--detach"], "--detach: needs --cluster FILE or --address http://..."),
         (["confirm", "digits_arms", "--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
-        (["confirm", ".", "--address", "http://127.0.0.1:9"], "an absolute path that the cluster sees, got ."),
+        (["confirm", ".", "--address", "http://127.0.0.1:9"], "an absolute path that the cluster can reach, got ."),
         (["confirm", "digits_arms", "--cluster", "aws-gpu", "cpus_per_worker=500"], "room for 0 of them"),
         (["teacher", "train", "digits_tfkd", "--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
         (["teacher", "train", "digits_tfkd", "--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),

@@ -85,7 +85,7 @@ def test_a_time_budget_is_over_when_it_is_over_and_is_said_once(tmp_path: Path) 
     assert not b.stop_all() and b.reason is None
     clock.now += 0.2
     assert b.stop_all() and b.stop_all()
-    assert said == ["search.time_budget_s: 60.1 of 60 s are reached"] and b.reason == said[0]
+    assert said == ["search.time_budget_s: limit reached (60.1 of 60 s)"] and b.reason == said[0]
 
 
 def test_hours_count_epochs_and_what_a_running_trial_has_held_since(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is
         clock.now += 150
         for trial in running:
             tell(b, "result", trial, result={"epoch": epoch, "seconds": 150.0})
-    assert said == ["search.gpu_hours: 0.5 of 0.5 h are reached"] and epoch == 6
+    assert said == ["search.gpu_hours: limit reached (0.5 of 0.5 h)"] and epoch == 6
     clock.now += 150  # they finish their current epoch
     for trial in running:
         tell(b, "result", trial, result={"epoch": 7, "seconds": 150.0})
@@ -156,7 +156,10 @@ def test_failed_trials_are_counted_once_each(tmp_path: Path) -> None:
         tell(b, "start", trial)
         tell(b, "result", trial, result={"failed": "OSError", "done": True})
         tell(b, "error", trial)
-    assert b.stop_all() and b.reason == "search.max_failed_trials: 2 of 2 failed trials are reached"
+    assert (
+        b.stop_all()
+        and b.reason == "search.max_failed_trials: limit reached (2 of 2 failed trials)"
+    )
 
 
 def test_a_budget_does_not_end_a_search_that_has_ended(tmp_path: Path) -> None:
@@ -188,7 +191,7 @@ def test_the_first_budget_that_is_reached_is_named() -> None:
     assert over_budget({"time_budget_s": 6, "max_failed_trials": 1}, spent) is None
     assert (
         over_budget({"gpu_hours": 2, "cpu_hours": 3}, spent)
-        == "search.cpu_hours: 3 of 3 h are reached"
+        == "search.cpu_hours: limit reached (3 of 3 h)"
     )
 
 
@@ -223,7 +226,7 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_new_one_and_the_total_is_exa
     assert len(records[0].metrics) <= 1
     before = (tmp_path / "e" / "experiment.yaml").read_text()
     with pytest.raises(
-        ConfigError, match=r"search.cpu_hours: .* are reached; to resume, give a new one"
+        ConfigError, match=r"search.cpu_hours: limit reached .*; to resume, give a new budget"
     ):
         resume_tuner(tmp_path / "e")
     for wrong in (0, -1.5):
@@ -292,7 +295,7 @@ def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_
         1 if diverge else 0
     )
     out, err = capsys.readouterr()
-    said = rf"search\.{name}: [0-9.]+ of {most} (s|h|failed trials) are reached"
+    said = rf"search\.{name}: limit reached \([0-9.]+ of {most} (s|h|failed trials)\)"
     assert re.search(rf"^ending: {said}$", err, re.M), err
     assert re.search(rf"^ended early: {said}; resume with:\n  tfkd resume e {more}$", out, re.M), (
         out
@@ -330,7 +333,9 @@ def test_gpu_hours_where_trials_use_no_gpu_are_refused(
         main(["tune", str(tmp_path / "e.yaml"), "--storage", str(tmp_path), "--gpu-hours", "1"])
         == 2
     )
-    assert "gpu_hours: trials here use no GPU, so it would never end" in capsys.readouterr().err
+    assert (
+        "gpu_hours: trials here use no GPU, so the sweep would never end" in capsys.readouterr().err
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["e.yaml"]
 
 
@@ -343,11 +348,11 @@ def test_failed_trials_end_a_sweep_and_run_again_when_they_are_asked_to(
     run["optim"] = {"lr": {"choices": [1e20, 0.1]}}
     build_tuner(run, name="e", storage=tmp_path, on_budget=said.append).fit()
     records = read_records(tmp_path / "e")
-    assert said == ["search.max_failed_trials: 2 of 2 failed trials are reached"]
+    assert said == ["search.max_failed_trials: limit reached (2 of 2 failed trials)"]
     failed = [r.number for r in records if r.status == "failed"]
     assert len(failed) == 2 and len(records) < 5
     with pytest.raises(
-        ConfigError, match=r"search.max_failed_trials: 2 of 2 failed trials are reached"
+        ConfigError, match=r"search.max_failed_trials: limit reached \(2 of 2 failed trials\)"
     ):
         resume_tuner(tmp_path / "e")
     folder = next(r.folder for r in records if r.number == failed[0])
@@ -399,7 +404,7 @@ def test_a_sweep_begins_with_what_an_earlier_one_has_found(
     ray_cluster: str, tmp_path: Path
 ) -> None:
     build_tuner(tree(), name="old", storage=tmp_path).fit()
-    with pytest.raises(ConfigError, match=r"none lies in this space: epochs: 3 there, 2 here"):
+    with pytest.raises(ConfigError, match=r"none lies within this space: epochs: 3 there, 2 here"):
         build_tuner({**tree(), "epochs": 2}, name="e", storage=tmp_path, priors=[tmp_path / "old"])
     assert not (tmp_path / "e").exists()
     build_tuner(tree(num_samples=2), name="e", storage=tmp_path, priors=[tmp_path / "old"]).fit()
@@ -457,7 +462,9 @@ def endless(**search: Any) -> dict[str, Any]:
 def test_a_sweep_without_a_number_of_trials_needs_a_budget_that_is_spent_in_the_end(
     search: dict[str, Any],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"search\.num_samples: null is until a budget is spent"):
+    with pytest.raises(
+        ConfigError, match=r"search\.num_samples: null means until a budget is spent"
+    ):
         build_space(endless(time_budget_s=None, **search))
     with pytest.raises(ConfigError, match="each is one trial, got null; leave it out"):
         build_space({**endless(sampler="grid"), "optim": {"lr": {"choices": [0.1, 0.2]}}})
@@ -524,7 +531,7 @@ def test_a_sweep_without_a_number_of_trials_ends_with_its_budget_and_goes_on_wit
     words = ["search.num_samples=null", "--cpu-hours", "0.0004"]
     assert main(["tune", "e.yaml", "--name", "e", "--storage", ".", *words]) == 0
     out, _ = capsys.readouterr()
-    said = r"^ended: search\.cpu_hours: [0-9.]+ of 0\.0004 h are reached; resume with:"
+    said = r"^ended: search\.cpu_hours: limit reached \([0-9.]+ of 0\.0004 h\); resume with:"
     assert re.search(said, out, re.M) and "next:" in out and "--add-trials" not in out, out
     begun = len(read_records(tmp_path / "e"))
     assert begun > 1 and status(tmp_path / "e")["state"] == "finished"

@@ -62,7 +62,7 @@ def noted(tfkd: Run, tmp_path: Path, *words: str) -> None:
     assert done.returncode == 0, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
     assert re.search(
-        "note: (arm ce: )?model soft:network: gives probabilities .* it seems to end in softmax",
+        "note: (arm ce: )?model soft:network: returns probabilities .* It seems to end in softmax",
         said,
     )
 
@@ -109,7 +109,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 BAD_FILES = {
     "missing": (None, "no such file"),
     "empty": ("", "is empty"),
-    "tab": ("objective:\n\tname: ce\n", "line 2, column 1: a tab, and YAML indents with spaces only"),
+    "tab": ("objective:\n\tname: ce\n", "line 2, column 1: a tab, but YAML indents with spaces only"),
     "not yaml": ("objective: [ce", "not YAML"),
     "list": ("- ce\n", "must be settings (key: value), got a list"),
     "misspelt key": ("objective: ce\noptimm: {lr: 1}\n", "optimm: no such setting; did you mean 'optim'?"),
@@ -188,7 +188,10 @@ def test_check_says_what_is_searched_fixed_and_conditional(
     assert main(["check", "digits_tfkd", "search.num_samples=40", more]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "then 2 further seeds of the best 3 of each objective: their means choose" in out
+    assert (
+        "then 2 further seeds of the best 3 of each objective: the best trial is chosen by their"
+        in " ".join(out.split())
+    )
     assert "40 trials, 10 for each of 4 objectives, 54 epochs each" in out
     assert "stopped by halving after [6, 18] epochs" in out
     assert re.search(
@@ -212,7 +215,7 @@ def test_check_says_what_is_done_with_a_grid(
     tree = parse_yaml(grid.read_text(), "grid")["space"]
     for stopping, said in (
         ("none", "every combination is one trial; it runs its full length"),
-        ("halving", "every combination is one trial; it may be stopped early, as search.stopping"),
+        ("halving", "every combination is one trial; it may be stopped early by search.stopping"),
     ):
         tree["search"]["stopping"] = stopping
         (tmp_path / "grid.yaml").write_text(dump_yaml(tree))
@@ -312,7 +315,7 @@ def test_check_notes_that_nothing_is_searched(
 ) -> None:
     assert main(["check", "mine.yaml", "optim.lr=0.1"]) == 0
     out = capsys.readouterr().out
-    assert "note: nothing is searched: all 2 trials are one and the same run" in out
+    assert "note: nothing is searched: all 2 trials are the same run, including the seed" in out
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -338,7 +341,7 @@ def test_train_refuses_the_directory_of_another_run(
     assert main(["train", "mine.yaml", "optim.lr=0.1", "--out", "out"]) == 0
     before = {p.name: p.read_bytes() for p in (here / "out").iterdir()}
     capsys.readouterr()
-    assert "holds another run" in refused(
+    assert "has another run" in refused(
         capsys, "train", "mine.yaml", "optim.lr=0.2", "--out", "out"
     )
     assert {p.name: p.read_bytes() for p in (here / "out").iterdir()} == before
@@ -357,7 +360,7 @@ def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) ->
                 break
         run.send_signal(signal.SIGINT)
         err = run.stderr.read()
-    assert run.returncode == 130 and "the same command with --out out resumes the run" in err
+    assert run.returncode == 130 and "to resume the run, repeat the command with --out out" in err
     told = len((here / "out" / "metrics.jsonl").read_text().splitlines())
     assert 20 <= told < 300
     again = tfkd(*command[:4], "epochs=300", "--out", "out", cwd=here)
@@ -711,7 +714,7 @@ def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider
     page = (here / "report.html").read_text()
     assert (
         "Validation accuracy against parameters of the student" in page
-        and f"the front is: {', '.join(front)}" in page
+        and f"The Pareto front of 2 metrics: {', '.join(front)}" in page
     )
     (here / "wider.yaml").write_text(
         text.replace("low: 0.01", "low: 0.001").replace("num_samples: 4", "num_samples: 5")
@@ -799,7 +802,7 @@ def test_check_and_explain_read_arms_files_too(
 def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "digits_arms", "--seeds", "3..20", "--slots", "2"]) == 0
     out = capsys.readouterr().out
-    assert "in all 6600 epochs of 220 runs" in out and max(map(len, out.splitlines())) <= 80
+    assert "6600 epochs in all, in 220 runs" in out and max(map(len, out.splitlines())) <= 80
     assert "this is the limit of 20 seeds" in out
 
 
@@ -807,9 +810,9 @@ def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["confirm", "digits_arms", "--seeds", "1"], "one run of each arm cannot tell a difference from luck"),
-        (["confirm", "digits_arms", "--top-k", "2"], "--top-k: is for sweeps; an arms file says what is compared"),
-        (["confirm", "digits_arms", "--baselines", "ce"], "--baselines: is for sweeps; an arms file says"),
+        (["confirm", "digits_arms", "--seeds", "1"], "with one run of each arm, a difference cannot be told from chance"),
+        (["confirm", "digits_arms", "--top-k", "2"], "--top-k: is for sweeps; an arms file lists what is compared"),
+        (["confirm", "digits_arms", "--baselines", "ce"], "--baselines: is for sweeps; an arms file lists"),
         (["confirm", ".", "--storage", "/x"], "--storage: settings and presets are for arms files"),
         (["confirm", ".", "epochs=2"], "settings: settings and presets are for arms files"),
         (["confirm", ".", "--preset", "smoke"], "--preset: settings and presets are for arms files"),
@@ -820,14 +823,14 @@ def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "digits_arms", "--seeds", "2..9"], "the first look needs 3 seeds or more"),
         (["plan", "digits_arms", "--seeds", "1000000000"], "at most 1000 seeds of each arm"),
         (["confirm", "digits_arms", "--seeds", "3..1001"], "at most 1000 seeds of each arm"),
-        (["confirm", "mine.yaml"], "mine.yaml: is a search space, and has no arms to compare; sweep it with `tfkd tune`"),
+        (["confirm", "mine.yaml"], "mine.yaml: is a search space without arms to compare; sweep it with `tfkd tune`"),
         (["confirm", "digits_arms", "epochs=x"], "arms.ce.epochs: should be a whole number"),
         (["confirm", "digits_arms", "--preset", "tiny"], "invalid choice: 'tiny'"),
         (["confirm", "paper/table_1", "data.root=/nowhere"], "data cifar100: not found: cifar-100-python.tar.gz"),
         (["train", "mine.yaml", "optim.lr=1", "data=imagenet", "student=resnet18", "--download"], "data imagenet: not for download; register at"),
         (["teacher", "train", "mine.yaml"], "none of its objectives needs a teacher"),
         (["teacher", "show", "cnn-1"], "no teacher 'cnn-1'; there is none"),
-        (["export", "."], "holds no student"),
+        (["export", "."], "has no student"),
         (["report", "."], "no experiment.yaml in it"),
         (["status", "nowhere"], "no such directory"),
         (["logs", ".", "t0000"], "no experiment.yaml in it"),
@@ -870,7 +873,7 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
     else:
         assert code == 2 and not gone_on
         assert (
-            f"{option.option_strings[-1]}: is for sweeps; a comparison has its arms"
+            f"{option.option_strings[-1]}: is for sweeps; a comparison has fixed arms"
             in capsys.readouterr().err
         )
 

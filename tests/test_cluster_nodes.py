@@ -263,7 +263,7 @@ def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(
             f"({report['bad'][:8]}): 3 trials in a row were lost there: AcceleratorError: CUDA error: an illegal"
             in note
         )
-        assert note.endswith("it gets no more trials of this sweep")
+        assert note.endswith("the node gets no more trials of this sweep")
     assert len(report["notes"]) == (sum(report["lost"]) == 3), report
 
 
@@ -341,8 +341,8 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
     refusals = {
         ("wrong", gcs): ("it answers, so the token here", 60),
         ("none", gcs): ("there is no token here", 60),
-        ("wrong", http): ("refuses the token that is here", 20),
-        ("none", http): ("wants a token, and there is none here", 20),
+        ("wrong", http): ("rejects the token that is here", 20),
+        ("none", http): ("requires a token, and there is none here", 20),
     }
 
     def refused(token: str, address: str) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -577,8 +577,8 @@ def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_
         assert client.wait(timeout=90) == 1 and time.monotonic() - began < 60
         said = path.read_text()
     last = said.rpartition("tfkd tune: ")[2]
-    assert f"the head at {DASHBOARD} went away while it was sent job tune-" in last, said
-    assert "whether the job runs is not known" in last and "ray job list" in last
+    assert f"the head at {DASHBOARD} disappeared while job tune-" in last, said
+    assert "so it is unknown whether the job runs" in last and "ray job list" in last
 
 
 @pytest.mark.slow

@@ -203,8 +203,8 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
     # a wrong token and no token, each with its own sentence
     (place / "wrong").write_text("0" * 64)
     for path, sentence in (
-        ("wrong", "refuses the token that is here"),
-        ("none", "wants a token, and there is none"),
+        ("wrong", "rejects the token that is here"),
+        ("none", "requires a token, and there is none"),
     ):
         refused = run(
             "cluster", "submit", "mine.yaml", "--", "true", RAY_AUTH_TOKEN_PATH=str(place / path)

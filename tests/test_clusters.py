@@ -198,9 +198,9 @@ MUTATIONS = {
     "provider": ("aws-gpu.yaml", "type: aws", "type: awss", "provider.type: no such provider 'awss'; did you mean 'aws'?"),
     "provider key": ("aws-gpu.yaml", "region: us", "regionn: us", "provider.regionn: Ray reads no such setting for aws; did you mean 'region'?"),
     "no worker_ips": ("onprem.yaml", "  worker_ips: [10.0.0.11, 10.0.0.12]\n", "", "provider.worker_ips: required, and not given"),
-    "a coordinator": ("onprem.yaml", "head_ip: 10.0.0.10", "coordinator_address: 10.0.0.10:8080", "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"),
+    "a coordinator": ("onprem.yaml", "head_ip: 10.0.0.10", "coordinator_address: 10.0.0.10:8080", "provider.coordinator_address: tfkd does not support coordinators; name head_ip and worker_ips"),
     "host twice": ("onprem.yaml", "10.0.0.12]", "10.0.0.11]", "provider.worker_ips: an address is given twice"),
-    "head as worker": ("onprem.yaml", "10.0.0.12]", "10.0.0.10]", "provider.worker_ips: the head, 10.0.0.10, is a node already; leave it out"),
+    "head as worker": ("onprem.yaml", "10.0.0.12]", "10.0.0.10]", "provider.worker_ips: the head, 10.0.0.10, is already a node; leave it out"),
     "N - 1 workers": ("onprem.yaml", "RAY_enable_autoscaler_v2=0 PATH", "PATH", "head_start_ray_commands: with the autoscaler that is Ray's default, one of worker_ips never starts; set RAY_enable_autoscaler_v2=0"),
     "min above max": ("aws-gpu.yaml", "min_workers: 0\n    max_workers: 2", "min_workers: 3\n    max_workers: 2", "available_node_types.gpu4: min_workers must not be above max_workers, got 3 and 2"),
     "sum of min": ("aws-gpu.yaml", "min_workers: 0\n    max_workers: 8", "min_workers: 9\n    max_workers: 9", "max_workers: must be at least the sum of all min_workers, 9, got 8"),
@@ -208,22 +208,22 @@ MUTATIONS = {
     "no token on workers": ("gcp-gpu.yaml", f"{START}; ulimit -n 65536;\n    ray start --address", "ulimit -n 65536;\n    ray start --address", "worker_start_ray_commands: no token; put before `ray start`"),
     "token not copied": ("aws-gpu.yaml", "file_mounts:\n  ~/.ray/auth_token: ~/.ray/auth_token\n", "file_mounts: {}\n", "file_mounts: the nodes do not get the token; add: ~/.ray/auth_token: ~/.ray/auth_token"),
     "token in the file": ("aws-gpu.yaml", START, f"{START} RAY_AUTH_TOKEN=abc", "RAY_AUTH_TOKEN: a token does not belong in a file"),
-    "dashboard": ("aws-gpu.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "head_start_ray_commands: --dashboard-host=0.0.0.0 lets others than this node run code on it; use 127.0.0.1"),
+    "dashboard": ("aws-gpu.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "head_start_ray_commands: --dashboard-host=0.0.0.0 lets other machines run code on this node; use 127.0.0.1"),
     "no directory of its own": ("local.yaml", "    --temp-dir=/tmp/tfkd-local", "   ", "head_start_ray_commands: --temp-dir: required, and not /tmp/ray"),
     "long directory": ("local.yaml", "--temp-dir=/tmp/tfkd-local", f"--temp-dir=/tmp/{'x' * 40}", "is too long for the names of Ray's sockets; use at most 40 characters"),
     "no start": ("aws-gpu.yaml", "head_start_ray_commands:", "metadata_of_old:", "metadata_of_old: no such field"),
-    "Ray's own start": ("onprem.yaml", re.compile(r"head_start_ray_commands:\n.*?\n\n", re.S), "", "head_start_ray_commands: required, with a `ray start`; Ray's own starts without a token"),
+    "Ray's own start": ("onprem.yaml", re.compile(r"head_start_ray_commands:\n.*?\n\n", re.S), "", "head_start_ray_commands: required, with a `ray start`; Ray's default starts without a token"),
     "driver": ("onprem.yaml", " --resources='{\"tfkd_driver\": 1000}'", "", "head_start_ray_commands: the head lacks the resource 'tfkd_driver'"),
     "Ray's own image": ("aws-gpu.yaml", "      ImageId: ami-0123456789abcdef0\n", "", "available_node_types.gpu1.node_config.ImageId: required: Ray's own choice is an image of Ubuntu 18.04"),
     "world: aws": ("aws-gpu.yaml", "      SecurityGroupIds: [sg-0123456789abcdef0]\n", "", "available_node_types.gpu1.node_config.SecurityGroupIds: required: the security group that Ray would make opens port 22 to the world"),
     "world: aws rule": ("aws-gpu.yaml", "  cache_stopped_nodes", "  security_group: {IpPermissions: [{FromPort: 8265, ToPort: 8265, IpProtocol: TCP, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n  cache_stopped_nodes", "provider.security_group: opens a port to the whole world"),
     "world: gcp": ("gcp-gpu.yaml", "      networkInterfaces: *net\n      scheduling", "      scheduling", "available_node_types.gpu1.node_config.networkInterfaces: required: the default network opens port 22 to the world"),
     "world: azure": ("azure-gpu.yaml", "  use_internal_ips: true\n", "", "provider.use_internal_ips: must be true"),
-    "no storage": ("onprem.yaml", "    storage: /mnt/shared/tfkd_results", "    else: 1", "metadata.tfkd.storage: required, and not given; name a directory that all nodes see"),
+    "no storage": ("onprem.yaml", "    storage: /mnt/shared/tfkd_results", "    else: 1", "metadata.tfkd.storage: required, and not given; name a directory that all nodes can reach"),
     "storage in home": ("onprem.yaml", "/mnt/shared/tfkd_results ", "~/tfkd_results ", "metadata.tfkd.storage: ~/tfkd_results is local to each node"),
     "storage in /tmp": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: /tmp/results", "metadata.tfkd.storage: /tmp/results is local to each node"),
-    "storage not mounted": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: /mnt/other/results", "metadata.tfkd.storage: /mnt/other/results is on no file system that the commands for all nodes mount (they mount /mnt/tfkd)"),
-    "storage not in the container": ("aws-gpu.yaml", "-v /mnt/tfkd:/mnt/tfkd, ", "", "docker.run_options: /mnt/tfkd is not seen in the container; add: -v /mnt/tfkd:/mnt/tfkd"),
+    "storage not mounted": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: /mnt/other/results", "metadata.tfkd.storage: /mnt/other/results is not on a file system that the commands for all nodes mount (they mount /mnt/tfkd)"),
+    "storage not in the container": ("aws-gpu.yaml", "-v /mnt/tfkd:/mnt/tfkd, ", "", "docker.run_options: /mnt/tfkd is not visible in the container; add: -v /mnt/tfkd:/mnt/tfkd"),
     "credentials in the storage": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: s3://key:secret@bucket/results", "metadata.tfkd.storage: s3://BUCKET/PREFIX, and nothing more: credentials come from"),
     "storage in no bucket": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: hdfs://host/results", "metadata.tfkd.storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got 'hdfs://host/results'"),
     "other Ray than here": ("gcp-gpu.yaml", "2.60.0", "2.59.1", "ray: 2.59.1 on the cluster and 2.60.0 here; `ray up` needs one for both"),
@@ -234,7 +234,7 @@ MUTATIONS = {
     "an old driver": ("gcp-gpu.yaml", "nvidia-580", "nvidia-570", "available_node_types.gpu1.node_config: the image has NVIDIA's driver 570, and torch needs 580 or later"),
     "nothing waits for the driver": ("azure-gpu.yaml", "nvidia-smi", "true", "available_node_types.gpu1: no command waits for NVIDIA's driver"),
     "slurm: one core": ("slurm.sh", '--cpus-per-task="$SLURM_CPUS_PER_TASK"', "", "srun --cpus-per-task: required, and not given; since Slurm 22.05"),
-    "latest image": ("gcp-gpu.yaml", "rayproject/ray:2.60.0-py311-gpu", "rayproject/ray:latest-py311-gpu", "docker: the image 'rayproject/ray:latest-py311-gpu' is latest: it changes by itself; name one"),
+    "latest image": ("gcp-gpu.yaml", "rayproject/ray:2.60.0-py311-gpu", "rayproject/ray:latest-py311-gpu", "docker: the image 'rayproject/ray:latest-py311-gpu' is latest, which changes over time; name a fixed one"),
     "kuberay: misspelt": ("kuberay-cluster.yaml", "maxReplicas", "maxReplica", "spec.workerGroupSpecs.0.maxReplica: no such field; did you mean 'maxReplicas'?"),
     "kuberay: number as text": ("kuberay-cluster.yaml", "maxReplicas: 8", "maxReplicas: '8'", "spec.workerGroupSpecs.0.maxReplicas: must be of type integer, got '8'"),
     "kuberay: version": ("kuberay-cluster.yaml", "apiVersion: ray.io/v1\n", "apiVersion: ray.io/v1alpha1\n", "apiVersion: 'ray.io/v1' was expected"),
@@ -249,10 +249,10 @@ MUTATIONS = {
     "kuberay: driver": ("kuberay-cluster.yaml", "tfkd_driver\\", "tfkd\\", "spec.headGroupSpec.rayStartParams: the head lacks the resource 'tfkd_driver'"),
     "kuberay: min above max": ("kuberay-cluster.yaml", "minReplicas: 0", "minReplicas: 9", "spec.workerGroupSpecs.0: minReplicas must not be above maxReplicas, got 9 and 8"),
     "kuberay: images differ": ("kuberay-cluster.yaml", re.compile(r"(ray-worker\n\s+image: registry.example.com/tfkd_ray:)0.1.0"), r"\g<1>0.2.0", "use the same on all pods"),
-    "kuberay: latest": ("kuberay-cluster.yaml", "tfkd_ray:0.1.0-ray2.60.0-py311", "tfkd_ray:latest", "spec.headGroupSpec.template.spec.containers.0.image: 'registry.example.com/tfkd_ray:latest' changes under you; name a release"),
+    "kuberay: latest": ("kuberay-cluster.yaml", "tfkd_ray:0.1.0-ray2.60.0-py311", "tfkd_ray:latest", "spec.headGroupSpec.template.spec.containers.0.image: 'registry.example.com/tfkd_ray:latest' changes over time; name a release"),
     "kuberay: other Ray in the image": ("kuberay-cluster.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "Ray 2.60.0, and rayVersion is 2.59.0; make them equal"),
-    "kuberay: storage not mounted": ("kuberay-cluster.yaml", "              - {name: results, mountPath: /mnt/tfkd}\n", "", "spec.workerGroupSpecs.0.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, and no volume is mounted there"),
-    "kuberay: storage of one pod": ("kuberay-cluster.yaml", re.compile(r"(volumes: \[\{name: results, )persistentVolumeClaim: \{.*?\}"), r"\g<1>emptyDir: {}", "spec.headGroupSpec.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, and only emptyDir is mounted there"),
+    "kuberay: storage not mounted": ("kuberay-cluster.yaml", "              - {name: results, mountPath: /mnt/tfkd}\n", "", "spec.workerGroupSpecs.0.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, but no volume is mounted there"),
+    "kuberay: storage of one pod": ("kuberay-cluster.yaml", re.compile(r"(volumes: \[\{name: results, )persistentVolumeClaim: \{.*?\}"), r"\g<1>emptyDir: {}", "spec.headGroupSpec.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, but only emptyDir is mounted there"),
     "kuberay: stays": ("kuberay-job.yaml", "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "spec.shutdownAfterJobFinishes: must be true"),
     **{
         f"read differently: {word}": ("aws-gpu.yaml", "max_workers: 8\nidle", f"max_workers: {word}\nidle", f"line 24, column 14: {word}: YAML 1.1 and YAML 1.2 read it as different values")
@@ -274,17 +274,17 @@ MUTATIONS = {
     "a name that is too long": ("aws-gpu.yaml", "cluster_name: tfkd-aws", f"cluster_name: {'x' * 64}", "cluster_name: must be of letters"),
     "a name that GCP refuses": ("gcp-gpu.yaml", "cluster_name: tfkd-gcp", "cluster_name: Tfkd", "cluster_name: must be of small letters"),
     "kuberay: a name": ("kuberay-cluster.yaml", "metadata:\n  name: tfkd\n", "metadata:\n  name: Tfkd\n", "metadata.name: must be of small letters, digits and -"),
-    "a file that is not there": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: no/such/file\n", "file_mounts./etc/x: no/such/file is not there (looked from "),
-    "a user's file that is not there": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: ~no-such-user/x\n", "file_mounts./etc/x: ~no-such-user/x: no home directory is known for ~no-such-user; name the whole path"),
+    "a file that is not there": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: no/such/file\n", "file_mounts./etc/x: no/such/file does not exist (searched from "),
+    "a user's file that is not there": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: ~no-such-user/x\n", "file_mounts./etc/x: ~no-such-user/x: the home directory is unknown for ~no-such-user; name the whole path"),
     "a device to copy": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: /dev/zero\n", "file_mounts./etc/x: /dev/zero is a device; only files and directories are copied"),
     "nothing to copy": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: null\n", "file_mounts./etc/x: must be a path on this machine, got None"),
     "blanks to copy": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: '  '\n", "file_mounts./etc/x: must be a path on this machine, got '  '"),
-    "a copy without a place": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  '': /etc/hosts\n", "file_mounts: /etc/hosts must have a path on the nodes, got ''"),
+    "a copy without a place": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  '': /etc/hosts\n", "file_mounts: /etc/hosts needs a path on the nodes, got ''"),
     "kuberay: CPUs of a shell": ("kuberay-cluster.yaml", 'num-cpus: "0"', 'num-cpus: "$CPUS"', "spec.headGroupSpec.rayStartParams.num-cpus: `ray start` takes a whole number (\"4\"), got '$CPUS'"),
     "kuberay: half a CPU": ("kuberay-cluster.yaml", 'num-cpus: "0"', 'num-cpus: "500m"', "takes a whole number (\"4\"), got '500m'"),
-    "kuberay: CPUs without end": ("kuberay-cluster.yaml", 'limits: {cpu: "8"', "limits: {cpu: .inf", "resources.limits.cpu: must be a quantity of Kubernetes' (2, 500m, 8Gi), got inf"),
-    "kuberay: negative CPUs": ("kuberay-cluster.yaml", 'limits: {cpu: "8"', "limits: {cpu: -1", "resources.limits.cpu: must be a quantity of Kubernetes'"),
-    "kuberay: CPUs in words": ("kuberay-cluster.yaml", 'requests: {cpu: "8"', 'requests: {cpu: "$CPUS"', "resources.requests.cpu: must be a quantity of Kubernetes'"),
+    "kuberay: CPUs without end": ("kuberay-cluster.yaml", 'limits: {cpu: "8"', "limits: {cpu: .inf", "resources.limits.cpu: must be a Kubernetes quantity (2, 500m, 8Gi), got inf"),
+    "kuberay: negative CPUs": ("kuberay-cluster.yaml", 'limits: {cpu: "8"', "limits: {cpu: -1", "resources.limits.cpu: must be a Kubernetes quantity"),
+    "kuberay: CPUs in words": ("kuberay-cluster.yaml", 'requests: {cpu: "8"', 'requests: {cpu: "$CPUS"', "resources.requests.cpu: must be a Kubernetes quantity"),
     "kuberay: half a GPU": ("kuberay-cluster.yaml", 'limits: {cpu: "8", memory: 32Gi, nvidia.com/gpu: "1"}', "limits: {cpu: 8, memory: 32Gi, nvidia.com/gpu: 500m}", "GPUs are whole, got '500m'"),
     "slurm: no token": ("slurm.sh", "export RAY_AUTH_MODE=token", "export X=1", "RAY_AUTH_MODE: no token; put before Ray starts"),
     "slurm: dashboard": ("slurm.sh", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "--dashboard-host: 0.0.0.0 lets others run code on the node"),
@@ -292,8 +292,8 @@ MUTATIONS = {
     "slurm: storage": ("slurm.sh", "TFKD_RESULTS=/shared/$USER/tfkd_results", "TFKD_RESULTS=/tmp/tfkd_results", "TFKD_RESULTS: /tmp/tfkd_results is local to each node"),
     "slurm: shared nodes": ("slurm.sh", "#SBATCH --exclusive\n", "", "#SBATCH --exclusive: required, and not given"),
     "slurm: no time": ("slurm.sh", "#SBATCH --time=24:00:00\n", "", "#SBATCH --time: required, and not given"),
-    "slurm: no version": ("slurm.sh", "ray==2.60.0", "ray", "ray: name one exact version, and let the script look for it, as clusters/slurm.sh does; got none"),
-    "slurm: two versions": ("slurm.sh", "ray==2.60.0", "torch==2.13.0", "torch: name one exact version, and let the script look for it, as clusters/slurm.sh does; got 2.13.0 and 2.14.1"),
+    "slurm: no version": ("slurm.sh", "ray==2.60.0", "ray", "ray: name one exact version, and let the script check it, as clusters/slurm.sh does; got none"),
+    "slurm: two versions": ("slurm.sh", "ray==2.60.0", "torch==2.13.0", "torch: name one exact version, and let the script check it, as clusters/slurm.sh does; got 2.13.0 and 2.14.1"),
     "slurm: begins too early": ("slurm.sh", "--min-nodes", "--some-nodes", "--min-nodes: required, and not given"),
     "slurm: no Ray": ("slurm.sh", "ray symmetric-run", "true", "ray symmetric-run: not there"),
 }  # fmt: skip
@@ -373,7 +373,7 @@ NO_CLUSTER = {
     ),
     "something else": ("x.yaml", "a: 1\n", "not a cluster file: it has neither 'provider:'"),
     "provider as a word": ("x.yaml", "provider: aws\n", "provider: needs settings below it"),
-    "a tab": ("x.yaml", "provider:\n\ttype: aws\n", "a tab, and YAML indents with spaces only"),
+    "a tab": ("x.yaml", "provider:\n\ttype: aws\n", "a tab, but YAML indents with spaces only"),
     "a script": ("x.sh", "echo\n", "not a Slurm script"),
     "another kind": ("x.json", "{}", "a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm)"),
     "the second document": (
@@ -501,7 +501,7 @@ def test_what_must_be_changed_is_named_by_check_and_refused_by_up(
     for program in ("az", "true"):
         fake(tools, program, "")
     assert main(["cluster", "up", name]) == 2
-    assert f"{LEFT[name]}: of the file as it ships, and nobody's" in capsys.readouterr().err
+    assert f"{LEFT[name]}: placeholders of the shipped file" in capsys.readouterr().err
     text = TEXTS[f"{name}.yaml"]
     for word in LEFT[name].split(", "):
         text = text.replace(
@@ -629,7 +629,7 @@ def test_down_is_down_only_when_nothing_is_left(
     fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Running"')
     assert main(["cluster", "down", "kuberay-cluster"]) == 1
     assert (
-        "these are still there, and may cost money" in (err := capsys.readouterr().err)
+        "these still exist, and may cost money" in (err := capsys.readouterr().err)
         and "tfkd-head-x" in err
     )
     fake(tools, "kubectl", "")
@@ -735,7 +735,7 @@ def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_whic
     fake(tools, "end", "")  # `ray down` that has stopped nothing
     assert main(["cluster", "down", f"{provider}-gpu"]) == 1
     err = capsys.readouterr().err
-    assert "these are still there, and may cost money" in err and all(
+    assert "these still exist, and may cost money" in err and all(
         machine in err for machine in listed
     )
 
@@ -782,7 +782,7 @@ def test_a_rayjob_without_a_head_is_not_waited_for(
     out, err = capsys.readouterr()
     assert (
         "gpu-y" in out
-        and "tfkd-sweep has no head that runs" in err
+        and "tfkd-sweep has no running head" in err
         and "kubectl describe rayjob/tfkd-sweep" in err
     )
     fake(tools, "kubectl", "")
@@ -891,12 +891,12 @@ def test_a_key_that_others_may_read_is_refused(
     )
     (tmp_path / "token").write_text("a-token")
     assert main(["cluster", "up", str(path)]) == 2
-    assert f"auth.ssh_private_key: {key} is not there" in capsys.readouterr().err
+    assert f"auth.ssh_private_key: {key} does not exist" in capsys.readouterr().err
     key.write_text("x")
     key.chmod(0o644)
     assert main(["cluster", "up", str(path)]) == 2
     assert (
-        f"may be read by others (mode 644), and ssh refuses such a key; chmod 600 {key}"
+        f"can be read by other users (mode 644), and ssh refuses such a key; chmod 600 {key}"
         in capsys.readouterr().err
     )
     assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
@@ -906,7 +906,7 @@ def test_a_key_that_others_may_read_is_refused(
         assert main(["cluster", "up", str(path)]) == 2
         said = capsys.readouterr().err
         assert "token" in said and "Traceback" not in said
-        assert content != b"another" or "token, and is not the one used here" in said
+        assert content != b"another" or "token, but differs from the one used here" in said
         mode = stat.S_IMODE((tmp_path / "token").stat().st_mode)
         assert mode == 0o644, "a file that is not our token is left as it is"
 
@@ -915,7 +915,7 @@ SSH = {
     "nothing listens": ("exec /usr/bin/ssh -p 9 \"$@\"", 1, "no answer by ssh within 10 s from 127.77.0.8, 127.77.0.9"),
     "says nothing": ("/bin/sleep 60", 1, "no answer by ssh within 1 s from 127.77.0.8, 127.77.0.9"),
     "one of two": ('[[ "$*" == *77.0.8* ]] || exit 255', 1, "no answer by ssh within 10 s from 127.77.0.9, so nothing was started"),
-    "refuses the key": ("echo 'me@x: Permission denied (publickey).' >&2; exit 255", 2, "auth: 127.77.0.8, 127.77.0.9 answers, and refuses this user or key"),
+    "refuses the key": ("echo 'me@x: Permission denied (publickey).' >&2; exit 255", 2, "auth: 127.77.0.8, 127.77.0.9 responds, but rejects this user or key"),
 }  # fmt: skip
 
 
@@ -1022,7 +1022,7 @@ def test_a_large_working_directory_is_refused_with_its_largest_files(tmp_path: P
         file.truncate(150 * 10**6)
     with pytest.raises(
         ConfigError,
-        match=r"150 MB are more than 100: film.mp4 \(150 MB\); name what is not code in .rayignore",
+        match=r"150 MB exceed the limit of 100 MB: film.mp4 \(150 MB\); list what is not code in .rayignore",
     ):
         stage(tmp_path / "here", tmp_path / "there")
 
@@ -1079,9 +1079,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (
             None,
-            "wants a token, and there is none here; copy the head's ~/.ray/auth_token here (mode 600)",
+            "requires a token, and there is none here; copy the head's ~/.ray/auth_token here (mode 600)",
         ),
-        ("wrong", "refuses the token that is here: it is another cluster's"),
+        ("wrong", "rejects the token that is here: it is another cluster's"),
         ("right", "Ray 2.59.1 runs on the cluster at http://127.0.0.1:"),
     ],
 )
@@ -1138,10 +1138,10 @@ def test_where_nobody_listens_it_is_a_failure_however_the_head_is_named(
         (["--address", "ray://x:10001"], "--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got 'ray://x:10001'"),
         (["--address", "nonsense"], "--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got 'nonsense'"),
         (["--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
-        (["--address", "http://127.0.0.1:9", "--storage", "x"], "--storage: an absolute path that all nodes of the cluster see, got x"),
+        (["--address", "http://127.0.0.1:9", "--storage", "x"], "--storage: an absolute path that all nodes of the cluster can reach, got x"),
         (["--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),
         (["--cluster", "aws-gpu", "--name", "a/b"], "--name a/b: a plain name without slashes"),
-        (["--cluster", "aws-gpu", "--study-storage", "postgresql://me:pw@db/x"], "a job's command is shown on the dashboard"),
+        (["--cluster", "aws-gpu", "--study-storage", "postgresql://me:pw@db/x"], "the dashboard shows a job's command"),
         (["--cluster", "aws-gpu", "cpus_per_worker=500"], "room for 0 of them"),
     ],
 )  # fmt: skip
@@ -1260,10 +1260,10 @@ def test_what_a_resume_is_asked_for_reaches_the_cluster(
     assert "--time-budget 1234567.5 --retry-failed\n" in called
     for verb in (["resume", "/mnt/e", "--study-storage"], ["tune", "mine.yaml", "--study-storage"]):
         assert main([*verb, "postgresql://me:pw@db/x", "--cluster", "slurm"]) == 2
-        assert "a job's command is shown on the dashboard" in capfd.readouterr().err
+        assert "the dashboard shows a job's command" in capfd.readouterr().err
     assert main(["tune", "mine.yaml", "--prior", "old", "--cluster", "slurm"]) == 2
     assert (
-        "--prior: an absolute path that the cluster sees, or a URL, got old"
+        "--prior: an absolute path that the cluster can reach, or a URL, got old"
         in capfd.readouterr().err.replace("\n  ", " ")
     )
 

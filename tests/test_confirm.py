@@ -355,7 +355,7 @@ def test_a_table_of_the_paper_runs_scaled_down_on_official_files(
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert (
-        "PRESET smoke: scaled down to see it run; not comparable with what is published"
+        "PRESET smoke: scaled down for a quick try; not comparable with published results"
         in run.stdout
     )
     for line in run.stdout.splitlines():
@@ -387,17 +387,17 @@ def test_a_sweep_is_confirmed_against_baselines_that_are_tuned_first(
     )
     assert run.returncode == 7, run.stderr
     assert (
-        "baselines: ce and lsr had fewer trials than the winner's objective, or are tuned in name only; "
+        "baselines: ce and lsr had fewer trials than the winner's objective, or are hardly tuned; "
         "tuning them first" in run.stderr
     )
-    assert "Baselines tuned in name only: ce (2 trials) and lsr (2 trials" in run.stderr
+    assert "Baselines hardly tuned: ce (2 trials) and lsr (2 trials" in run.stderr
     baselines = read_records(tmp_path / "tfkd_results/s-baselines")
     assert sorted(r.objective for r in baselines) == ["ce", "ce", "lsr", "lsr"]
     result = json.loads((tmp_path / "tfkd_results/c/confirm.json").read_text())
     (found,) = result["verdicts"]
     assert found["verdict"] != "better" and f"verdict: {found['sentence']}"[:40] in run.stdout
     assert len(found["candidates"][0]["comparisons"]) == 3 and found["searched"] == 2
-    assert "tuned in name only" in " ".join(run.stdout.split()) and "in name only" in result["note"]
+    assert "hardly tuned" in " ".join(run.stdout.split()) and "hardly tuned" in result["note"]
 
 
 # --- a sceptical reader's questions, on made-up outcomes
@@ -503,7 +503,9 @@ def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_pa
 )  # fmt: skip
 def test_a_line_that_tells_of_no_opening_is_a_sentence(line: str, tmp_path: Path) -> None:
     (tmp_path / "test_openings.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ConfigError, match=r"test_openings.jsonl.*\n? *was changed by hand, or cut"):
+    with pytest.raises(
+        ConfigError, match=r"test_openings.jsonl.*\n? *was changed by hand or truncated"
+    ):
         openings(tmp_path, Digits())
 
 

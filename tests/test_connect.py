@@ -56,12 +56,12 @@ def test_a_program_that_imported_ray_first_joins_a_cluster_with_the_token_that_i
         ({"RAY_AUTH_TOKEN": "x" * 64}, "it answers, so the token here"),
         pytest.param(
             {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"},
-            "it wants a token, and there is no token here (/nowhere/token)",
+            "it requires a token, and there is no token here (/nowhere/token)",
             marks=pytest.mark.long,
         ),
         pytest.param(
             {"RAY_AUTH_MODE": "disabled"},
-            "RAY_AUTH_MODE=disabled here says to send none; unset RAY_AUTH_MODE",
+            "RAY_AUTH_MODE=disabled here sends none; unset RAY_AUTH_MODE",
             marks=pytest.mark.long,
         ),
     ],

@@ -497,7 +497,7 @@ def test_any_bytes_in_metrics_are_metrics_or_a_sentence(
     try:
         every = read_metrics(folder)
     except ConfigError as error:
-        assert str(path) in str(error) and "was changed by hand, or cut: " in str(error)
+        assert str(path) in str(error) and "was changed by hand or truncated: " in str(error)
         with contextlib.suppress(ValueError):  # `readers` reports it with the sentence above
             assert isinstance(last_line(path), dict)
         return

@@ -1059,8 +1059,8 @@ def test_tensors_arrays_and_lists_will_do(mine: str, what: str) -> None:
     "path, sentence",
     [
         ("MINE.make", "data.path: must be 'package.module:name', got 'MINE.make'"),
-        ("MINE.py:make", "data.path: MINE.py:make: there is no module 'MINE.py' (looked in CWD and wherever Python does)"),
-        ("not_there:make", "data.path: not_there:make: there is no module 'not_there' (looked in CWD and wherever Python does)"),
+        ("MINE.py:make", "data.path: MINE.py:make: there is no module 'MINE.py' (searched in CWD and on Python's path)"),
+        ("not_there:make", "data.path: not_there:make: there is no module 'not_there' (searched in CWD and on Python's path)"),
         ("MINE:mkae", "data.path: MINE:mkae: MINE has no 'mkae'; did you mean 'make'?"),
         ("MINE_broken:f", "data.path: MINE_broken:f: importing MINE_broken ends in AttributeError: module 'numpy' has no attribute 'nothing'"),
         ("MINE_needy:f", "data.path: MINE_needy:f: importing MINE_needy ends in ModuleNotFoundError: No module named 'not_there_either'"),
@@ -1240,7 +1240,7 @@ def test_nothing_is_kept_of_a_download_of_another_md5(
         path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(
         ConfigError,
-        match=rf"^data {name}: http\S* has the (md5|sha256) \w+, and the official file's is \w+; it is not kept; try again, or ",
+        match=rf"^data {name}: http\S* has the (md5|sha256) \w+, and the official file's is \w+; the download was discarded; try again, or ",
     ):
         data.download()
     assert not list(data.root.iterdir())
@@ -1297,9 +1297,7 @@ def test_a_folder_that_is_not_complete_is_not_overwritten(
 ) -> None:
     data = served("tiny_imagenet")
     (data.root / "tiny-imagenet-200").mkdir(parents=True)
-    with pytest.raises(
-        ConfigError, match="tiny-imagenet-200: is there, but not complete; take it away"
-    ):
+    with pytest.raises(ConfigError, match="tiny-imagenet-200: is incomplete; remove it"):
         data.download()
 
 

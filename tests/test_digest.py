@@ -228,7 +228,7 @@ def test_a_digest_is_taken_once_on_a_node_and_again_when_a_file_changes(
     path.write_bytes(raw)
     os.utime(path, (2, 2))
     forget_loaded()
-    with pytest.raises(ConfigError, match="data mnist: the train images or labels here are others"):
+    with pytest.raises(ConfigError, match="data mnist: the train images or labels here differ"):
         first.load()
 
 
@@ -253,7 +253,7 @@ def test_an_image_that_changes_its_class_makes_another_data_set(tmp_path: Path) 
     (tmp_path / "a/train/a/0-0.png").rename(tmp_path / "a/train/b/0-0.png")
     forget_loaded()
     assert here.pinned().digest != was.digest
-    with pytest.raises(ConfigError, match="put those back, or begin a new experiment"):
+    with pytest.raises(ConfigError, match="restore them, or begin a new experiment"):
         was.load()
 
 
@@ -389,7 +389,7 @@ def test_a_node_with_other_data_refuses_with_its_name(mine: dict[str, Any]) -> N
     check_data_here(config)
     turn("turned")
     with pytest.raises(
-        ConfigError, match=r"node .*: data own: the train images or labels here are others"
+        ConfigError, match=r"node .*: data own: the train images or labels here differ"
     ):
         check_data_here(config)
 
@@ -416,7 +416,7 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(
     assert read_yaml(tmp_path / "out/config.yaml")["data"]["digest"]
     (tmp_path / "how.txt").write_text("turned")
     refused = tfkd(*command)
-    assert refused.returncode == 2 and "are others than those that were recorded" in refused.stderr
+    assert refused.returncode == 2 and "differ from the recorded ones" in refused.stderr
     assert "Traceback" not in refused.stderr
     other = tfkd("train", "run.yaml", "--out", "other", "--storage", ".")
     assert other.returncode == 0 and len(list((tmp_path / "teachers").iterdir())) == 2
@@ -453,7 +453,7 @@ def test_an_experiment_records_the_digest_and_goes_on_with_these_data_only(
     other = build_tuner(space, name="b", storage=tmp_path, on_note=said.append)
     anew, doubt = said  # of random images no teacher learns anything
     assert "the teacher and its soft labels are computed again" in anew and digest in anew, other
-    assert "where guessing is on" in doubt
+    assert "guessing would reach" in doubt
     path.write_bytes(raw)
     forget()
     wider = {**space, "optim": {"lr": {"low": 0.01, "high": 0.2}}}

@@ -304,8 +304,8 @@ def test_a_redundant_setting_is_warned_of_with_a_way_out() -> None:
     tree = {"name": "lsr", "loss_scale": SCALE}
     (sentence,) = warnings_of(space(tree))
     assert sentence == (
-        "objective.lsr.loss_scale: redundant: it only scales the loss (20-fold over its range), which is "
-        "optim.lr times that and optim.weight_decay divided by it; search these instead, or fix it"
+        "objective.lsr.loss_scale: redundant: it only scales the loss (20-fold over its range), which equals "
+        "optim.lr times that factor and optim.weight_decay divided by it; search these instead, or fix it"
     )
     both = {"lr": {"low": 0.01, "high": 1}, "weight_decay": {"low": 1e-5, "high": 1e-3}}
     (sentence,) = warnings_of(space(tree, optim=both))

@@ -374,10 +374,7 @@ def test_without_a_graph_the_weights_are_there_and_the_card_says_why(tmp_path: P
     assert result["files"] == ["README.md", "config.yaml", "student.safetensors", SUMS]
     assert set(result["problems"]) == {GRAPH, ONNX} and not result["differences"]
     card = (tmp_path / "out/README.md").read_text()
-    assert (
-        f"`{GRAPH}` is not here, as the network could not be exported to it: `torch.export: "
-        in card
-    )
+    assert f"`{GRAPH}` is missing, because the export failed: `torch.export: " in card
     assert "torch.export.load" not in card and is_whole(tmp_path / "out")
 
 
@@ -431,7 +428,7 @@ def test_the_card_has_the_verdict_on_the_trials_configuration(
     assert f"**{mine['sentence']}.**" in card and "95 %" in mine["sentence"]
     low, high = (100 * mine["comparisons"][0][end] for end in ("low", "high"))
     assert f"| {low:z.2f} to {high:z.2f} |" in card
-    assert "These weights were not judged" in card and "Not confirmed" not in card
+    assert "These weights themselves were not judged" in card and "Not confirmed" not in card
 
 
 @pytest.mark.slow
@@ -483,11 +480,11 @@ def test_a_run_of_a_comparison_is_the_best_candidates_first_seed(
     name, card = card_of(storage / "arms", tmp_path / "out")
     assert name == "arms/self-s1"
     assert (
-        "of the 2 candidates of the comparison `arms` the first by verdict" in card
+        "the first of the 2 candidates of the comparison `arms`, ordered by verdict" in card
         and "Seed 1: the first that was trained to the end" in card
     )
     assert (
-        "There is no value on validation: it was trained on, too." in card
+        "There is no value on validation, because the run also trained on it." in card
         and "images of train:" in card
     )
     result = json.loads((storage / "arms/confirm.json").read_text())
@@ -638,7 +635,7 @@ def _misfit(storage: Path, place: Path) -> Path:
     [
         ("sweeep", {}, "no such folder"),
         ("run/config.yaml", {}, "is a file; name the folder it is in"),
-        ("teachers", {}, "holds no student: an experiment has experiment.yaml"),
+        ("teachers", {}, "has no student: an experiment has experiment.yaml"),
         (
             "sweep",
             {"arm": "ce"},
@@ -667,8 +664,8 @@ def _misfit(storage: Path, place: Path) -> Path:
             "--seed: slow with 3: failed: out; trained to the end: 1, 2",
         ),
         ("run", {"licence": "my licence"}, "--licence: a short name such as apache-2.0"),
-        (_unfinished, {}, "not finished: no student.safetensors in it, 2 of 2 epochs done"),
-        (_unjudged, {}, "not finished: not judged yet, no confirm.json in it"),
+        (_unfinished, {}, "not finished: 2 of 2 epochs done, and it has no student.safetensors"),
+        (_unjudged, {}, "not finished: it has no confirm.json, so it is not judged yet"),
         (_without_a_full_trial, {}, "no trial of full length yet (2 trials)"),
         (_torn, {}, "damaged: "),
         (_misfit, {}, "its weights do not fit its configuration"),
@@ -788,7 +785,7 @@ def test_the_script_of_the_cookbook_names_the_classes_of_image_files(
 def test_data_without_image_files_say_so_and_their_classes_are_numbers() -> None:
     config = validated(TrainConfig, {"objective": "ce"})
     assert class_names(config) == [str(k) for k in range(10)]
-    with pytest.raises(ConfigError, match="data digits: its images come from no image files"):
+    with pytest.raises(ConfigError, match="data digits: its images do not come from image files"):
         read_images(config, ["3.png"])
 
 

@@ -338,7 +338,9 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
     assert driver.returncode == 0, said_then
     for record in read_records(experiment):
         assert record.status == "done" and times_aside(record.metrics) == alone(record.config)
-        said = f"{record.name}: {record.folder / LAST}: damaged (its checksum does not fit); going on without it"
+        said = (
+            f"{record.name}: {record.folder / LAST}: damaged (its checksum does not match); skipped"
+        )
         assert said in said_then.splitlines(), said_then
         kept = (
             len(killed[record.name].metrics) - 3
@@ -362,7 +364,7 @@ def test_a_journal_that_is_deleted_while_a_sweep_runs_ends_it_with_a_sentence_an
         assert driver.wait(60) == 1
     said = (tmp_path / "said").read_text()
     assert (
-        "study.journal: was deleted while the sweep ran; what the search knows is in study.journal.saved"
+        "study.journal: was deleted while the sweep ran; the state of the search is in study.journal.saved"
         in said
     )
     assert "tfkd resume tfkd_results/e" in said and "Traceback" not in said
@@ -372,7 +374,7 @@ def test_a_journal_that_is_deleted_while_a_sweep_runs_ends_it_with_a_sentence_an
     run = tfkd("resume", "tfkd_results/e")
     assert run.returncode == 0, run.stderr
     assert (
-        "study.journal was lost while the sweep ran: going on with what the search saved then"
+        "study.journal was lost while the sweep ran: continuing with what the search saved then"
         in run.stderr
     )
     assert all(ended(experiment)[name] == metrics for name, metrics in before.items())
@@ -727,7 +729,7 @@ def test_a_head_that_is_killed_while_a_teacher_trains_is_said_and_nothing_is_lef
     kd = tree({"num_samples": 1}, objective="kd", teacher=teacher)
     with tuning(kd, tmp_path) as driver:
         wait(lambda: list(tmp_path.glob("tfkd_results/teachers/*/.lock")), "a teacher", 200)
-        again = "run the same command again; teachers that are trained are kept\n"
+        again = "run the same command again; trained teachers are kept\n"
         assert_ends_without_its_head(driver, tmp_path, again)
 
 
@@ -743,8 +745,8 @@ FAULTS = {
     "no memory in Python": ("failed", "MemoryError"),
     "exit": ("failed", "SystemExit: 1"),
     "crash": ("failed", r"its process was lost 3 times in epoch 3 \(no memory, a crash\?\)"),
-    "hang": ("failed", r"no epoch within 15 s \(search.trial_timeout_s\): it hung, and was ended"),
-    "unpicklable": ("failed", "TypeError: val_ece is <function .* at epoch 3, and no number"),
+    "hang": ("failed", r"no epoch within 15 s \(search.trial_timeout_s\): it hung and was killed"),
+    "unpicklable": ("failed", "TypeError: val_ece is <function .* at epoch 3, not a number"),
     "no metric": ("failed", "LookupError: val_accuracy missing at epoch 3; the search needs it"),
 }
 

@@ -87,11 +87,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a word that is not there": ({"finalists": {"seed": 3}}, "finalists.seed: .*did you mean 'seeds'"),
     "several metrics": (
         {"metric": ["val_accuracy", "val_ece"], "stopping": "none"},
-        "finalists: the best are those of one metric, and there are 2",
+        "finalists: finalists are ranked by one metric, and there are 2",
     ),
     "until a budget is spent": (
         {"num_samples": None, "time_budget_s": 60},
-        "finalists: with num_samples: null .* set num_samples",
+        "finalists: with num_samples: null, .* set num_samples",
     ),
     "Ray's own scheduler": ({"stopping": "asha"}, "finalists: asha, .* would stop runs"),
 }  # fmt: skip
@@ -542,7 +542,7 @@ def test_best_trials_and_the_report_show_the_mean_with_its_error(
 def test_export_confirm_and_priors_take_the_finalists_ranking(experiment: Path) -> None:
     chosen = choose(experiment)
     assert chosen.name == "e/t0002-ce" and chosen.config.seed == 0
-    assert "further seeds: val_accuracy 0.9300 ± 0.0058" in chosen.selection[0]
+    assert "further seeds give val_accuracy 0.9300 ± 0.0058" in chosen.selection[0]
     arms = [(arm.name, arm.role) for arm in arms_of(experiment, rivals=["ce"]).arms]
     assert arms == [
         ("t0001-tfkd_reg", "candidate"),

@@ -613,9 +613,7 @@ def test_the_batch_of_a_recipe_for_many_images_is_refused(data: ImageFolder) -> 
 
 
 def test_an_accuracy_of_guessing_is_told(data: ImageFolder) -> None:
-    assert "no better than guessing, which is right on 50.0% of the 6" in str(
-        chance_note(data, 0.5)
-    )
+    assert "no better than guessing, which classifies 50.0% of the 6" in str(chance_note(data, 0.5))
     forget_loaded()
     with pytest.MonkeyPatch.context() as patch:  # the numbers are kept when the data are gone
         patch.setattr("tfkd_ray.learn.dataset.load_official", None)

@@ -193,7 +193,7 @@ def test_a_port_in_use_is_told_with_a_free_one(
     "words, told",
     [
         (["--port", "8501"], "add --follow"),
-        (["--follow", "-o", "r.html"], "--out: a followed report is served and not written"),
+        (["--follow", "-o", "r.html"], "--out: a followed report is served, not written"),
         (["--follow", "--figures", "f"], "--figures: a followed report is served"),
     ],
     ids=["port alone", "file", "figures"],

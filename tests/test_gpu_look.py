@@ -39,7 +39,7 @@ def raises(error: Exception) -> Callable[..., Any]:
         ("13.0", "", None, "CUDA_VISIBLE_DEVICES is empty, so this process got none"),
         ("13.0", None, RuntimeError(TOO_OLD), "is built for CUDA 13.0: The NVIDIA driver on your system is too old (found version 12080); update the driver (CUDA 13 needs 580 or later), or install a torch for its CUDA"),
         ("13.0", "0", RuntimeError("Found no NVIDIA driver on your system. Please check"), "is built for CUDA 13.0: Found no NVIDIA driver on your system"),
-        ("13.0", "7", None, "the driver lists no device; see nvidia-smi there"),
+        ("13.0", "7", None, "the driver lists no device; run nvidia-smi on that node"),
     ],
 )  # fmt: skip
 def test_torch_sees_no_gpu_and_the_reason_is_said(

@@ -138,7 +138,7 @@ def test_a_sweep_that_trains_its_teacher_first_is_not_called_missing(
     folder = tmp_path / "tfkd_results" / "teachers" / "cnn-0123abcd"
     folder.mkdir(parents=True)
     for content, told in (
-        ('{"epoch": 7}', "; teacher cnn-0123abcd is being trained (epoch 7 ended 0:00 ago), and a sweep's directory"),
+        ('{"epoch": 7}', "; teacher cnn-0123abcd is being trained (epoch 7 ended 0:00 ago); a sweep's directory"),
         ('{"epoch": [', ""), ("[7]", ""), ("", ""),
     ):  # fmt: skip
         (folder / PROGRESS).write_text(content)
@@ -162,7 +162,7 @@ def test_a_sweep_that_trains_its_teacher_first_is_not_called_missing(
         ("tune min", "did you mean 'mine.yaml'?"),
         ("confirm digits_arm", "did you mean 'digits_arms'?"),
         ("confirm frist", "did you mean 'first'?"),
-        ("status frist", "no such directory (looked from"),
+        ("status frist", "no such directory (searched from"),
         ("status frist", "did you mean 'first'? `tfkd ls` lists experiments"),
         ("resume frist", "did you mean 'first'?"),
         ("tensorboard first frist", "frist: no such directory"),
@@ -285,11 +285,11 @@ def test_a_wrong_file_name_key_or_verb_is_answered_before_anything_large_is_impo
         ("check mine.yaml epochs=x", "got 'x' (in 'epochs=x')"),
         ("check mine.yaml optim.lr.low=3 epochs=5", "got low 3 and high 0.5; swap them (in 'optim.lr.low=3')"),
         ("check mine.yaml objective.kd.alpha=2", "got 2 (in 'objective.kd.alpha=2')"),
-        ("check mine.yaml epochs = 3", "epochs = 3: blanks end a word of the command line; write epochs=3"),
-        ("check mine.yaml epochs= 3", "epochs= 3: blanks end a word of the command line; write epochs=3"),
-        ("check mine.yaml seed=1 epochs =3", "epochs =3: blanks end a word of the command line; write epochs=3"),
-        ("check mine.yaml search.finalists={k:3}", "YAML wants a blank after the colon: k: 3"),
-        ("confirm mine.yaml", "is a search space, and has no arms to compare; sweep it with `tfkd tune`"),
+        ("check mine.yaml epochs = 3", "epochs = 3: the shell splits words at blanks; write epochs=3"),
+        ("check mine.yaml epochs= 3", "epochs= 3: the shell splits words at blanks; write epochs=3"),
+        ("check mine.yaml seed=1 epochs =3", "epochs =3: the shell splits words at blanks; write epochs=3"),
+        ("check mine.yaml search.finalists={k:3}", "YAML needs a blank after the colon: k: 3"),
+        ("confirm mine.yaml", "is a search space without arms to compare; sweep it with `tfkd tune`"),
         ("check mine.yaml epochs=x optim.momentum=y", "got 'y' (in 'optim.momentum=y')"),
         ("tune mine.yaml --num-samples 0", "got 0 (in '--num-samples 0')"),
         ("tune mine.yaml --time-budget -1", "(in '--time-budget -1.0')"),
@@ -398,10 +398,10 @@ def test_init_copies_what_ships_and_replaces_nothing(
     text, shipped = (here / out).read_text(), shipped_files("search_spaces")[name].read_text()
     assert text == shipped.replace(f"search_spaces/{name}.yaml", out)
     (here / out).write_text("mine")
-    assert "exists, and is left as it is" in answered(capsys, f"init {name}")
+    assert "exists and is not overwritten" in answered(capsys, f"init {name}")
     assert (here / out).read_text() == "mine"
     (here / "link.yaml").symlink_to("nowhere.yaml")
-    assert "exists, and is left" in answered(capsys, f"init {name} -o link.yaml")
+    assert "exists and is not overwritten" in answered(capsys, f"init {name} -o link.yaml")
     assert not (here / "nowhere.yaml").exists()
     assert main(["init", name, "-o", "other.yaml"]) == 0
 
@@ -685,7 +685,7 @@ def test_best_prints_what_differs_from_the_defaults_and_it_is_the_same_run(
     winner, _ = best_of(here / "tfkd_results/first")
     for name in winner.parameters:  # what was searched is there, also where it is as by default
         assert re.search(rf"(?m)^\s*{name.rpartition('.')[2]}: ", printed["first"]), name
-    assert "(--all: every one)" in printed["first"] and "(--all" not in printed["--all"]
+    assert "(--all shows them)" in printed["first"] and "(--all" not in printed["--all"]
 
 
 def test_best_of_an_experiment_that_this_release_refuses_is_printed_as_it_is(

@@ -154,7 +154,7 @@ def test_files_of_torchvision_and_timm_fit_but_for_a_head_of_other_classes(
     note = load_beginning(weights, network, student, shape, 7)
     head = list(before)[-1].rpartition(".")[0]
     assert note == (
-        f"init.weights: {weights}: these weights are for 5 classes, and the data has 7; the student begins with a "
+        f"init.weights: {weights}: these weights are for 5 classes, and the data has 7; the student gets a "
         f"new head ({head}), drawn from its seed"
     )
     kept = original.state_dict()
@@ -238,10 +238,10 @@ def test_a_new_head_is_said_by_check_and_once_when_runs_begin(
     )
     done = tfkd_inside("check", "space.yaml")
     assert done.returncode == 0, done.stderr
-    note = "these weights are for 3 classes, and the data has 10; the student begins with a new head (9)"
+    note = "these weights are for 3 classes, and the data has 10; the student gets a new head (9)"
     out = " ".join(done.stdout.split())
     assert out.count(note) == 1 and "init.lr_decay" in out
-    assert "was trained on is not known here; if it has seen the validation images" in " ".join(
+    assert "was trained on is unknown; if validation images were among them" in " ".join(
         done.stdout.split()
     )
     told: list[str] = []
@@ -287,9 +287,9 @@ def test_weights_that_were_trained_on_other_statistics_are_noted() -> None:
     run = {"data": {**data, "mean": [128] * 3, "std": [64] * 3}, "student": "convnext_tiny"}
     (note, *others) = config(**run, init={"weights": "torchvision"}).try_beginning()
     assert note == (
-        "init.weights: torchvision: were trained on images normalised by mean [123.7, 116.3, 103.5] and std [58.4, "
-        "57.12, 57.38], and the data here by [128, 128, 128] and [64, 64, 64]; where parts are frozen, give the data "
-        "theirs, if it has these settings (data.mean, data.std)"
+        "init.weights: torchvision: were trained on images with mean [123.7, 116.3, 103.5] and std [58.4, "
+        "57.12, 57.38], and the data here has [128, 128, 128] and [64, 64, 64]; if parts are frozen, set "
+        "data.mean and data.std to those of the weights, where the data has these settings"
     )
     assert len(others) == 1 and "new head" in others[0]
     alike = {**data, "mean": [124, 116, 104], "std": [58, 57, 57]}
@@ -320,7 +320,7 @@ def test_timms_own_weights_are_loaded_but_for_its_head(tmp_path: Path) -> None:
     "network, shape, sentence",
     [
         (Cnn(), (1, 8, 8), "init.weights: timm: is for networks of timm, and the student is cnn; name a file"),
-        (Timm(model="test_vit"), (3, 160, 160), "init.weights: timm: cannot be had (OSError: no network here); if this"),
+        (Timm(model="test_vit"), (3, 160, 160), "init.weights: timm: cannot be loaded (OSError: no network here); if this"),
         (Timm(model="resnet18"), (3, 32, 32), "images up to 64 pixels get a smaller first convolution; set student.stem"),
     ],
     ids=["cnn", "offline", "stem"],
@@ -707,7 +707,7 @@ def test_a_beginning_and_its_frozen_parts_are_searched(tmp_path: Path) -> None:
     run = branch.config({"freeze": ["0"], "init": given, "init.2.lr_decay": 0.75})
     assert (run.initial_weights, run.lr_decay, run.freeze) == (weights, 0.75, ("0",))
     notes = found.try_own_code()
-    assert len([note for note in notes if "begins with a new head (9)" in note]) == 1
+    assert len([note for note in notes if "gets a new head (9)" in note]) == 1
     assert build_space(found.tree).tree == found.tree
 
 

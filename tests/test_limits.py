@@ -188,7 +188,7 @@ def make_experiment(e: Path, s: Space) -> None:
         ({"constraints": {"val_ece": {"low": 0.3, "high": 0.2}}}, "search.constraints.val_ece: low must not be above high, got low 0.3, high 0.2"),
         ({"constraints": {"val_accuracy": {"low": 1.5}}}, "search.constraints.val_accuracy.low: no trial is above 1, got 1.5"),
         ({"constraints": {"val_nll": {"high": -1}}}, "search.constraints.val_nll.high: no trial is below 0, got -1"),
-        ({"constraints": {"parameters": {"high": 1e6}}}, "search.constraints: parameters are the same in all trials where the student is fixed"),
+        ({"constraints": {"parameters": {"high": 1e6}}}, "search.constraints: the number of parameters is the same in all trials, because the student is fixed"),
         ({"constraints": {"val_ema_ece": {"high": 0.1}}}, "search.metric: val_ema_ece is of averaged weights, and not all trials have ema"),
         *(({"sampler": s, **CONSTRAINED}, f"search.constraints: {s} does not learn which trials meet them; use tpe or gp") for s in ("random", "qmc", "cmaes")),
     ],
@@ -278,7 +278,7 @@ def test_readers_say_that_no_trial_meets_the_constraints(
     out = capsys.readouterr().out
     said = " ".join(out.replace("\n#", "").split())
     assert "it does not meet the constraints (val_ece is 0.25)" in said
-    assert "no trial of full length meets them: it is the best of those that do not" in said
+    assert "no trial of full length meets them; this is the best of the others" in said
     report(sweep, sweep.parent / "e.html")
     assert "No trial of full length meets them" in (sweep.parent / "e.html").read_text()
     note = arms_of(sweep, top_k=1, rivals=()).note

@@ -176,7 +176,7 @@ def test_it_says_how_it_stands_to_the_second_and_the_trial(
         "best so far ▄▄▄▄ 0.9000",
         "best: t0000-ce, val_accuracy 0.9000: alpha 0.123",
         "rung at epoch   1  3  9",
-        "  came there    4  3  2",
+        "  reached it    4  3  2",
         "  were stopped  1  0",
         "failed: t0003-lsr: Diverged: train_loss is nan",
     ]
@@ -401,7 +401,7 @@ def test_on_a_terminal_it_is_one_screen(
             and "rung at epoch" in screen.getvalue()
         )
         assert "t0010-kd_standardised  17/100  0.8000" in screen.getvalue()
-        assert "more that run" in screen.getvalue()
+        assert "more running trials" in screen.getvalue()
         assert len(lines) < height
 
 

@@ -690,14 +690,14 @@ def test_a_network_that_differs_each_time_it_is_built_is_told(kind: str, kept: s
             run.try_own_code()
     else:
         (note,) = run.try_own_code()
-        assert "begins with other weights each time it is built" in note
+        assert "starts with other weights each time it is built" in note
 
 
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
         ("frozen", "no parameter learns \\(all .* have requires_grad False\\)"),
-        ("detached", "depend on no parameter"),
+        ("detached", "do not depend on any trainable parameter"),
     ],
 )
 def test_a_network_in_which_nothing_learns_is_refused(kind: str, sentence: str) -> None:
@@ -778,7 +778,7 @@ def test_a_network_that_cannot_take_one_image_is_refused_where_a_step_has_one(
 def test_a_network_that_ends_in_softmax_is_noted_when_it_is_tried(kind: str) -> None:
     notes = run_of(kind).try_own_code()
     assert len(notes) == (kind in ("softmax", "sigmoid"))
-    assert all(f"it seems to end in {kind}" in note for note in notes)
+    assert all(f"It seems to end in {kind}" in note for note in notes)
     teacher = {"model": {"name": "own", "path": f"{__name__}:odd", "args": {"kind": kind}}}
     run = validated(TrainConfig, {"objective": "kd", "teacher": teacher})
     assert run.try_own_code() == notes

@@ -135,7 +135,7 @@ def test_an_objective_may_be_left_out_and_its_trials_stay_on_record(tmp_path: Pa
     left = build_space({**tree, "search": search})
     assert not_comparable(space(), left) == []
     (problem,) = not_superset(space(), left)
-    assert problem == "objective: existing trials have ce, and the new space lacks it; add it"
+    assert problem == "objective: existing trials have ce, but the new space lacks it; add it"
     new = OptunaSearcher(left, journal)
     copy_trials(OptunaSearcher(space(), journal), new)
     assert len(new.outside()) == 8 and {n[6:] for n in new.outside().values()} == {"ce"}
@@ -189,7 +189,7 @@ def test_a_narrower_space_that_leaves_out_all_trials_is_refused_and_nothing_is_c
     assert studies_in(e / "study.journal", "tfkd@2") == {}
     resumed(e, space({"low": 0.015, "high": 0.02, "log": True}), said)
     assert len(said) == 1 and said[0].endswith(
-        "of 16 trials lie outside of the new space: they stay on record, and do not guide the search"
+        "of 16 trials lie outside the new space: they are kept but do not guide the search"
     )
     begun = tmp_path / "begun"
     begun.mkdir()
@@ -295,7 +295,7 @@ def test_a_sweep_goes_on_in_a_narrower_space(ray_cluster: str, tmp_path: Path) -
         tmp_path / "e", space={**tree, "optim": {"lr": lr}, "search": search}, on_note=said.append
     ).fit()
     assert said == [
-        "2 of 6 trials lie outside of the new space: they stay on record, and do not guide the search"
+        "2 of 6 trials lie outside the new space: they are kept but do not guide the search"
     ]
     after = read_records(tmp_path / "e")
     assert [r.number for r in after] == list(range(9))

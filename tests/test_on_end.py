@@ -47,7 +47,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     return how
 
 
-BUDGET = "search.time_budget_s: 61 of 60 s are reached"
+BUDGET = "search.time_budget_s: limit reached (61 of 60 s)"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_sweep_that_has_ended_is_answered_without_ray(
                 main(["resume", "over"])
     assert main(["resume", "over", "--on-end", NOTE]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("nothing is left to do: all 8 trials of over have ended\n8 trials, ")
+    assert told.startswith("nothing to do: all 8 trials of over have ended\n8 trials, ")
     assert "\nbest: t00" in told
     assert "  tfkd resume over --add-trials 8\n" in told
     assert (tmp_path / "notes").read_text() == f"finished {tmp_path / 'over'}\n"
@@ -107,7 +107,7 @@ def test_ctrl_c_while_a_teacher_trains_says_what_is_kept_and_how_to_go_on(
     words = ["tune", "digits_tfkd", "optim.lr={low: 0.1, high: 0.2}", "--name", "first"]
     assert main(words) == 130
     told = " ".join(capsys.readouterr().err.split())
-    assert "so there is nothing to resume. Teachers that are trained are kept, and one in" in told
+    assert "so there is nothing to resume. Trained teachers are kept, and a teacher in" in told
     assert told.endswith("tfkd tune digits_tfkd 'optim.lr={low: 0.1, high: 0.2}' --name first")
     assert main(words[:2]) == 130
     assert re.search(
@@ -137,7 +137,7 @@ def test_a_command_that_fails_is_a_warning_that_does_not_show_it(
     ends()
     assert main(["resume", "e", "--on-end", "echo told; exit 3 # token=s3cret"]) == 0
     out, err = capfd.readouterr()
-    assert "warning: the command of --on-end ended with exit code 3; e is whole" in err
+    assert "warning: the command of --on-end ended with exit code 3; e is complete" in err
     assert "told" in err and "told" not in out  # results alone go to standard output
     assert main(["resume", "e", "--on-end", "no-such-program-s3cret 2>/dev/null"]) == 0
     assert "ended with exit code 127" in capfd.readouterr().err

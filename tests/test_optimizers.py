@@ -502,7 +502,7 @@ TRIED: dict[str, tuple[dict[str, Any], str]] = {
     "no step": ({"optim": {"name": f"{__name__}:Plain", "lr": 1}}, "optim: Plain fails when two updates of a small network"),
     "forgetful": (
         {"optim": {"name": f"{__name__}:Forgetful", "lr": 0.1}},
-        "optim: Forgetful goes on otherwise after load_state_dict than without",
+        "optim: Forgetful continues differently after load_state_dict",
     ),
     "single images": (
         {"optim": {"batch_size": 8, "accumulate": 8}, "student": f"{__name__}:normed"},

@@ -255,10 +255,10 @@ def test_an_own_loss_that_asks_for_a_teacher_needs_its_network(losses: Path) -> 
 
 
 TRIED = {
-    "vector": "it must be a scalar, the mean over the batch, got a tensor float32 [8]; is a .mean() missing?",
+    "vector": "it must be a scalar, the mean over the batch, got a tensor float32 [8]; a .mean() may be missing",
     "number": "it must be a scalar, the mean over the batch, got float: '0.5'",
     "nan": "given logits [8, 10], labels [8] of ordinary size, it returns nan",
-    "no_gradient": "it has no gradient; is there a detach, a no_grad or an argmax in it?",
+    "no_gradient": "it has no gradient; look for a detach, a no_grad or an argmax in it",
     "apart": "it does not depend on the logits",
     "rooted": "its gradient by the logits is not finite",
     "raises": "given logits [8, 10], labels [8], it ends in ValueError",
@@ -294,7 +294,7 @@ def test_a_loss_that_is_one_is_accepted(losses: Path, name: str) -> None:
 
 def test_a_sum_over_the_images_is_noted(losses: Path) -> None:
     (note,) = run_of("summed").try_own_code()
-    assert "it seems to be a sum over the images" in note
+    assert "It seems to be a sum over the images" in note
 
 
 def test_a_trial_of_a_loss_leaves_the_random_numbers_alone(losses: Path) -> None:

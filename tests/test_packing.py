@@ -113,7 +113,7 @@ def test_a_plan_is_probed_on_a_gpu_that_is_lent(
 
 
 TOO_LITTLE = (
-    "its share of a GPU (0.25) had too little memory in epoch 2, and its failures were spent"
+    "its share of a GPU (0.25) had too little memory in epoch 2, and its retries were used up"
 )
 
 

@@ -639,7 +639,7 @@ def test_a_paused_trial_goes_on_bit_by_bit_also_without_its_checkpoint_and_all_e
         assert left == kept | ({"student.safetensors"} if record.status == "done" else set())
     again = [name for name in (r.name for r in records) if watch.starts[int(name[1:5])] > 1]
     said = {
-        note.partition(":")[0] for note in notes if "is gone or damaged; it trains again" in note
+        note.partition(":")[0] for note in notes if "is missing or damaged; it trains again" in note
     }
     assert said == (set() if checkpoint == "kept" else set(again))
 

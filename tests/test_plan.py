@@ -142,9 +142,9 @@ def test_a_plan_of_arms_counts_their_runs_and_the_teachers_of_all_seeds() -> Non
         "ce      3            4      12",
         "kd      3            6      18",
     ]
-    assert "in all 30 epochs of 6 runs" in text
-    assert "teachers, if they are not there yet: 15 epochs, once" in text
-    assert "hours: not known; --probe trains a few steps of each arm here and says" in text
+    assert "30 epochs in all, in 6 runs" in text
+    assert "teachers, if not trained yet: 15 epochs, once" in text
+    assert "hours: unknown; --probe measures a few steps of each arm on this machine" in text
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_probe_proposes_how_many_trials_share_a_gpu() -> None:
     found = plan(space, probe=True)
     (line,) = (line for line in lines(found) if line.startswith("GPU memory"))
     share = max(part.share or 0 for part in found.parts)
-    fit = re.search(r"; (\d+) fit on it: gpus_per_worker=([0-9.]+)$", line)
+    fit = re.search(r"; (\d+) fit on one: gpus_per_worker=([0-9.]+)$", line)
     assert 0 < share <= 1 and fit is not None and int(fit[1]) == max(1, int(1 / share))
     assert 0 < int(fit[1]) * float(fit[2]) <= 1
 
@@ -325,7 +325,7 @@ def test_the_packing_is_that_of_the_largest_trial() -> None:
         for p, s in zip(found.parts, (0.2, 0.3), strict=True)
     ]
     text = list(lines(dataclasses.replace(found, parts=tuple(parts), teacher_s=0.0)))
-    assert "GPU memory: a trial takes 30% of one; 3 fit on it: gpus_per_worker=0.333" in text
+    assert "GPU memory: a trial takes 30% of a GPU; 3 fit on one: gpus_per_worker=0.333" in text
 
 
 def test_a_plan_of_a_thousand_million_trials_is_arithmetic() -> None:

@@ -377,11 +377,11 @@ BROKEN = {
     "a directory of experiments": (lambda e: None, "..", r"a directory of experiments; name one of them: small"),
     "not an experiment": (lambda e: None, "trials", r"not an experiment: there is no experiment.yaml in it"),
     "older layout": (lambda e: (e / "experiment.yaml").write_text("layout: 0\n"), "", r"layout 0, and this release reads layout 1"),
-    "cut": (lambda e: (e / "experiment.yaml").write_text("layout: 1\nspace: {search: {}}\n"), "", r"changed by hand, or cut"),
-    "cut comparison": (lambda e: (e / "confirm.yaml").write_text("layout: 1\n"), "", r"confirm.yaml:\n.*changed by hand, or cut"),
-    "trial of another release": (lambda e: change(e, 2, colour="red"), "", r"t0002-lsr.trial.json:\n.*not a trial as this release writes it"),
-    "cut trial": (lambda e: next(e.glob("trials/t0002*/trial.json")).write_text('{"number'), "", r"not a trial as this release writes it"),
-    "metrics that are none": (lambda e: next(e.glob("trials/t0002*/metrics.jsonl")).write_bytes(b"\0\0\0\n"), "", r"or cut"),
+    "cut": (lambda e: (e / "experiment.yaml").write_text("layout: 1\nspace: {search: {}}\n"), "", r"changed by hand or truncated"),
+    "cut comparison": (lambda e: (e / "confirm.yaml").write_text("layout: 1\n"), "", r"confirm.yaml:\n.*changed by hand or truncated"),
+    "trial of another release": (lambda e: change(e, 2, colour="red"), "", r"t0002-lsr.trial.json:\n.*truncated, or not written by this release"),
+    "cut trial": (lambda e: next(e.glob("trials/t0002*/trial.json")).write_text('{"number'), "", r"truncated, or not written by this release"),
+    "metrics that are none": (lambda e: next(e.glob("trials/t0002*/metrics.jsonl")).write_bytes(b"\0\0\0\n"), "", r"or truncated"),
 }  # fmt: skip
 
 
@@ -573,7 +573,7 @@ def test_tables_and_logs_fit_a_terminal_and_are_whole_in_a_pipe(sweep: Path, wid
     whole, cut = trials_table(sweep), trials_table(sweep, width=width)
     assert max(map(len, cut.splitlines())) <= width < max(map(len, whole.splitlines()))
     assert whole.splitlines()[0].endswith("  settings") and "lsr.alpha=" in whole
-    told = "(lines are cut to the terminal; -o csv and a pipe have all, --columns some)"
+    told = "(lines are cut to the terminal's width; -o csv or a pipe shows all columns, --columns some)"
     assert " ".join(cut.split()).endswith(told) and told not in whole
     epochs = [text for text in logs(sweep, "38", width=width) if text.startswith("epoch")]
     assert epochs and max(map(len, epochs)) <= width

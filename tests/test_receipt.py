@@ -113,9 +113,9 @@ def test_early_stopping_that_was_not_safe_is_said_and_what_to_set(
             "stopping kd after 3 epochs may not have been safe: over the 12 trials of full length"
         )
         assert found[0].endswith("set search.stopping.min_epochs: 9, or stopping: none")
-        assert ("trials with high objective.kd.temperature rise after it" in found[0]) == (
-            final(0, 1) == 0.5
-        )
+        assert (
+            "trials with high objective.kd.temperature gain ranks after that epoch" in found[0]
+        ) == (final(0, 1) == 0.5)
         assert max(map(len, receipt_lines(s, records))) <= 80
         assert fidelity_warnings(s, records[:7]) == []  # too few to decide
 

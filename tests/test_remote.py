@@ -495,7 +495,7 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
     fetched(bucket)
     with pytest.raises(ConfigError) as error:
         begun(bucket)
-    assert f"is being run by process {os.getpid()} on {socket.gethostname()}, heard of" in str(
+    assert f"is being run by process {os.getpid()} on {socket.gethostname()}, last seen" in str(
         error.value
     )
     assert f"{bucket}/e:" in str(error.value) and "try again in" in str(error.value)
@@ -551,7 +551,7 @@ def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_i
     begun(bucket)  # whose lock on this disk is free: it has died
     begun(bucket)[1].release()
     elsewhere("other")
-    with pytest.raises(ConfigError, match="was run by another driver meanwhile; try again"):
+    with pytest.raises(ConfigError, match="was run by another driver in the meantime; try again"):
         begun(bucket)  # before any fetch
     fetched(bucket)
     begun(bucket)
@@ -624,18 +624,17 @@ def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
 
     checked(bucket).check_new("e")
     assert (
-        sentence("s3://none/x")
-        == "s3://none/x:\n  there is no such bucket; make it, or correct the URL"
+        sentence("s3://none/x") == "s3://none/x:\n  no such bucket; create it, or correct the URL"
     )
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert sentence() == (
-        f"{bucket}:\n  does not answer; is the network up, and the endpoint right (http://127.0.0.1:1)?"
+        f"{bucket}:\n  does not answer; check the network and the endpoint (http://127.0.0.1:1)"
     )
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(50)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert "does not answer; is the network up" in sentence()
+        assert "does not answer; check the network" in sentence()
 
 
 @both
@@ -646,7 +645,7 @@ def test_a_storage_that_is_empty_can_be_begun_in_and_a_bucket_that_is_not_there_
     url = bucket.replace("bucket", "nothing")
     with pytest.raises(ConfigError) as error:
         checked(url).check_new("e")
-    assert str(error.value) == f"{url}:\n  there is no such bucket; make it, or correct the URL"
+    assert str(error.value) == f"{url}:\n  no such bucket; create it, or correct the URL"
     assert not remote.store_at(bucket).objects("e") and remote.store_at(bucket).names() == []
 
 
@@ -701,8 +700,8 @@ def test_wrong_credentials_and_missing_rights_are_told_apart(
 
 def test_commands_say_it_with_the_url_and_end_with_2(bucket: str, tfkd: Run) -> None:
     space = "digits_tfkd"
-    assert "there is no such bucket" in refused(tfkd, "tune", space, "--storage", "s3://none/x")
-    assert "there is nothing; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
+    assert "no such bucket" in refused(tfkd, "tune", space, "--storage", "s3://none/x")
+    assert "nothing found; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
     assert "does not answer" in refused(
         tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1"
     )
@@ -944,7 +943,7 @@ def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     assert "lab/me/e/trials/t0/student.safetensors" in server.objects()
     monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
     monkeypatch.setattr(remote.Store, "write", _refused)
-    with pytest.raises(OSError, match=f"{bucket}: does not answer; is the network up"):
+    with pytest.raises(OSError, match=f"{bucket}: does not answer; check the network"):
         list(
             epochs_module.epochs_here(
                 run_of(epochs=3), Assignment.of(about(storage_at(bucket), "f"))
@@ -1066,7 +1065,7 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
         elsewhere("second")
         assert main(["resume", url]) == 2
         assert (
-            f"is being run by process {driver.pid} on {socket.gethostname()}, heard of"
+            f"is being run by process {driver.pid} on {socket.gethostname()}, last seen"
             in capsys.readouterr().err
         )
         assert main(["status", url, "--json"]) == 0
@@ -1161,7 +1160,7 @@ def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_la
     (experiment / "spent.json").write_text("{}")
     uploads.on_close([])
     assert notes[-1] == (
-        f"{bucket}/late: not all is uploaded: does not answer; is the network up, and the endpoint right ({server.url})?; "
+        f"{bucket}/late: the upload is incomplete: does not answer; check the network and the endpoint ({server.url}); "
         f"the rest is on this machine, in {experiment}; when the store answers, upload it from here: tfkd resume {bucket}/late"
     )
 

@@ -202,10 +202,7 @@ def test_of_few_trials_nothing_is_concluded(tmp_path: Path) -> None:
     make_sweep(tmp_path / "few", 8)
     report(tmp_path / "few", tmp_path / "r.html")
     text = without_plotly(tmp_path / "r.html")
-    assert (
-        text.count("There are too few trials to tell") == 1
-        and "importance of the settings of" in text
-    )
+    assert text.count("Too few trials to tell") == 1 and "importance of the settings of" in text
 
 
 def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
@@ -241,7 +238,7 @@ def test_a_grid_of_temperature_and_alpha_is_a_heat_map_with_its_numbers(tmp_path
     ]
     table = (tmp_path / "f" / "grid-kd.tex").read_text()
     assert r"4 & 91.00 & \textbf{95.00} & 91.00 \\" in table and table.count(r"\textbf") == 1
-    assert "Fewer than" not in page and "too few trials to tell" not in page
+    assert "Fewer than" not in page and "Too few trials to tell" not in page
 
 
 @pytest.mark.slow
@@ -610,10 +607,10 @@ def test_a_comparison_that_is_not_judged_says_so(comparison: Path, tmp_path: Pat
     text = (tmp_path / "r.html").read_text()
     assert (
         "Not judged yet" in text
-        and "15 of 15 runs are trained, and the test split is still shut" in text
+        and "15 of 15 runs are trained. The test split has not been opened" in text
     )
     (tmp_path / "c" / "confirm.json").write_text('{"title": ')
-    with pytest.raises(ConfigError, match=r"confirm.json:\n.*changed by hand, or cut"):
+    with pytest.raises(ConfigError, match=r"confirm.json:\n.*changed by hand or truncated"):
         report(tmp_path / "c", tmp_path / "r.html")
 
 

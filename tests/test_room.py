@@ -51,7 +51,7 @@ def test_a_worker_asks_for_cpus_gpus_their_kind_and_custom_resources() -> None:
             {"accelerator_type": "H100"},
             "accelerator_type: H100 is a kind of GPU; set gpus_per_worker, too",
         ),
-        ({"resources": {"GPU": 1}}, "resources.GPU: is Ray's own; custom ones only"),
+        ({"resources": {"GPU": 1}}, "resources.GPU: is reserved by Ray; use custom resources only"),
         ({"resources": {"disk": 0}}, "resources.disk: should be greater than 0"),
         ({"placement": "packed"}, "placement: "),
     ],

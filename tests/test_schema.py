@@ -32,7 +32,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     "text, message",
     [
         ("a: 1\na: 2", "line 2, column 1: not YAML: key 'a' is given twice"),
-        ("a:\n\tb: 1", "a tab, and YAML indents with spaces only"),
+        ("a:\n\tb: 1", "a tab, but YAML indents with spaces only"),
         ("a: [1, 2", "line 1"),
         ("1: a", "key 1 must be text"),
         ("a: &x [*x]", "an alias contains itself"),
@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_used_gets_one_sentence(tmp_path: Path, make, mess
 
 
 def test_a_zero_byte_is_no_file_name() -> None:
-    with pytest.raises(ConfigError, match="no file has such a name"):
+    with pytest.raises(ConfigError, match="a file name cannot contain a zero byte"):
         read_yaml(find_file("a\0b", "search_spaces"))
 
 

@@ -366,7 +366,7 @@ def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_pat
     texts = _arm_selection(result, row, directory, "reg", 1001, by_hand=(False, False))
     mean = row.show(float(np.mean(values)))
     assert texts[1].startswith(
-        f"Test {row.label} of this run: {row.show(values[0])}. To be expected is the mean over all 5 seeds: {mean}"
+        f"Test {row.label} of this run: {row.show(values[0])}. Expect the mean over all 5 seeds: {mean}"
     )
     (page,) = report(directory, tmp_path / "report.html")
     assert f"lead in {row.name}" in page.read_text()

@@ -486,7 +486,7 @@ def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_
     begun = run_sweep(searcher, kill_at=4)
     harm(journal)
     sentence = (
-        r"was .* while the sweep ran; what the search knows is in study.journal.saved, and resuming"
+        r"was .* while the sweep ran; the state of the search is in study.journal.saved, and resume"
     )
     with pytest.raises(OSError, match=sentence) as raised:
         run_trial(searcher, "id4", begun[-1])
@@ -524,7 +524,7 @@ def test_a_journal_that_is_deleted_at_the_moment_of_its_use_is_noticed_at_once(
 
     monkeypatch.setattr(_Journal, use, harmed)
     with pytest.raises(
-        OSError, match=r"was (deleted|cut.*) while the sweep ran; what the search knows is in"
+        OSError, match=r"was (deleted|cut.*) while the sweep ran; the state of the search is in"
     ):
         searcher.suggest("id2")
         searcher.close()
@@ -552,7 +552,8 @@ def test_a_journal_whose_folder_is_gone_is_a_sentence(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "e")
     (tmp_path / "e").write_text("")
     with pytest.raises(
-        OSError, match=r"what the search knows could not be saved beside it \(its directory is gone"
+        OSError,
+        match=r"the state of the search could not be saved beside it \(its directory is gone",
     ):
         searcher.suggest("id2")
 
@@ -1143,7 +1144,7 @@ def test_an_experiment_without_overlap_is_refused_and_says_why(
     with pytest.raises(ConfigError) as error:
         prior_trials(space(split=split), [earlier])
     assert (
-        f"priors: of 2 full-length trials of {earlier} none lies in this space: {sentence}"
+        f"priors: of 2 full-length trials of {earlier} none lies within this space: {sentence}"
         in str(error.value)
     )
 
@@ -1217,8 +1218,8 @@ EDITS = [
     ({"epochs": 18}, "epochs: was 9, and is 18 now"),
     ({"seed": 3}, "seed: was 0, and is 3 now"),
     ({"objective": ["lsr", "tfkd_reg", {"name": "ce", "loss_scale": 2.0}]}, "objective.ce.loss_scale: was 1.0, and is 2.0 now"),
-    ({"objective": [{"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}]}, "objective: existing trials have ce, and the new space lacks it; add it"),
-    ({"optim": {"lr": {"low": 0.001, "high": 1, "log": True}}}, "its space was widened by hand; put back what it was, and resume with: tfkd resume --space FILE"),
+    ({"objective": [{"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}]}, "objective: existing trials have ce, but the new space lacks it; add it"),
+    ({"optim": {"lr": {"low": 0.001, "high": 1, "log": True}}}, "its space was widened by hand; restore it, and resume with: tfkd resume --space FILE"),
 ]  # fmt: skip
 
 

@@ -365,7 +365,7 @@ def test_cmaes_goes_on_only_with_a_study_of_ones_own(
     monkeypatch.setattr("os.getuid", lambda: 4321)
     with pytest.raises(
         ConfigError,
-        match=r"study.journal is another user's \(0\), and cmaes keeps its state .* which runs as code",
+        match=r"study.journal is another user's \(0\), and cmaes keeps its state .* which can run code",
     ):
         resume_tuner(sweep, add_trials=1)
     assert (
@@ -526,7 +526,7 @@ def test_a_jobs_metadata_and_files_hold_no_secret(
     ):
         assert main(["tune", "small.yaml", "--cluster", "local", *words]) == 2
         err = capsys.readouterr().err
-        assert "a job's command is shown on the dashboard" in err and "pw-canary" not in err
+        assert "the dashboard shows a job's command" in err and "pw-canary" not in err
 
 
 # --- ports -------------------------------------------------------------------------------------------------------

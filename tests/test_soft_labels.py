@@ -455,7 +455,7 @@ def test_where_there_is_no_room_the_teacher_is_asked_and_that_is_said_once(
     assert counted.asked.tolist() == [3] * N and not (tmp_path / "b").exists()
     assert (
         len(said) == 1
-        and "0 MB are free, and a view needs 0; each trial asks the teacher itself" in said[0]
+        and "0 MB are free, and a view needs 0; each trial runs the teacher itself" in said[0]
     )
     Usage.free = 4 * N * K
     for _ in range(2):
@@ -490,7 +490,7 @@ def test_a_disk_that_fills_up_while_a_view_is_written_fails_no_trial(
     assert [
         times_aside(m) for m in train_in(tmp_path / "t2", c, teacher=teacher, say=said.append)
     ] == with_bank
-    assert len(said) == 1 and "soft_labels: No space left on device; each trial asks" in said[0]
+    assert len(said) == 1 and "soft_labels: No space left on device; each trial runs" in said[0]
     assert not files(tmp_path / "full" / "tfkd_ray" / "soft_labels")
 
 

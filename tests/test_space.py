@@ -187,7 +187,7 @@ def test_every_teacher_that_may_be_needed_is_known_before() -> None:
         ({"optim": {"lr": {"choices": [1], "low": 1}}}, "optim.lr: choices stand alone, got also low"),
         ({"optim": {"lr": {"choices": [float("nan"), 1]}}}, "optim.lr.choices: nan equals no value, not even itself"),
         ({"student": {"choices": ["mlp", {"name": "mlp", "dropout": float("nan")}]}}, "student.choices: nan equals no value"),
-        ({"student": {"choices": ['{"name": "mlp"}', {"name": "mlp"}]}}, "student.choices: a text and the settings that it spells"),
+        ({"student": {"choices": ['{"name": "mlp"}', {"name": "mlp"}]}}, "student.choices: a text and the settings that it stands for"),
         ({"optim": {"lr": {"choices": [0.1, -1]}}}, "optim.lr: should be greater than 0, got -1"),
         ({"optim": {"lrr": {"low": 1, "high": 2}}}, "optim.lrr: no such setting; did you mean 'lr'?"),
         ({"optim": {"batch_size": {"low": 1.5, "high": 3}}}, "optim.batch_size: whole numbers only, got 1.5 to 3"),
@@ -206,11 +206,11 @@ def test_every_teacher_that_may_be_needed_is_known_before() -> None:
         ({"optim": {"batch_size": {"low": 10, "high": 10**400}}}, "optim.batch_size.high: a finite number, got 1000"),
         ({"optim": {"nesterov": {"choices": [False, True]}, "momentum": {"choices": [0.0, 0.9]}}}, "optim: nesterov needs a momentum above 0"),
         ({"student": {"name": "cnn", "widths": [1, 1, 1, 1, 1]}}, "student.widths: 5 stages halve a 8x8 image to nothing"),
-        ({"epochs": {"low": 1, "high": 9}}, "epochs: one value for the whole sweep"),
-        ({"workers": {"choices": [1, 2]}}, "workers: one value for the whole sweep"),
-        ({"seed": {"choices": [1, 2]}}, "seed: one value for the whole sweep"),
+        ({"epochs": {"low": 1, "high": 9}}, "epochs: must have one value for the whole sweep"),
+        ({"workers": {"choices": [1, 2]}}, "workers: must have one value for the whole sweep"),
+        ({"seed": {"choices": [1, 2]}}, "seed: must have one value for the whole sweep"),
         ({"teacher": {"optim": {"lr": {"low": 0.1, "high": 0.2}}}, "objective": "tfkd_self"}, "teacher.optim.lr: choices only"),
-        ({"objective": {"name": "tfkd_reg_code", "temperature": {"low": 1, "high": 9}}}, "objective.tfkd_reg_code.temperature: fixed only"),
+        ({"objective": {"name": "tfkd_reg_code", "temperature": {"low": 1, "high": 9}}}, "objective.tfkd_reg_code.temperature: can only be fixed"),
         ({"search": {"num_samples": 0}}, "search.num_samples: should be at least 1, got 0"),
         ({"search": {"nm_samples": 3}}, "search.nm_samples: no such setting; did you mean 'num_samples'?"),
         ({"search": 3}, "search: needs settings below it (key: value), got 3"),
@@ -226,7 +226,7 @@ def test_a_wrong_space_gets_a_sentence(tree: dict[str, Any], sentence: str) -> N
 @pytest.mark.parametrize(
     "changes, note",
     [
-        ({"search": {"num_samples": 6}}, "nothing is searched: all 6 trials are one and the same run"),
+        ({"search": {"num_samples": 6}}, "nothing is searched: all 6 trials are the same run, including the seed"),
         ({"objective": ["ce", "lsr"], "search": {"num_samples": 6}}, "nothing is searched: the 3 trials of ce, lsr each are"),
         ({"objective": ["ce", {"name": "lsr", "alpha": {"low": 0.1, "high": 0.2}}]}, "nothing is searched for ce: the 12 trials of ce each"),
         ({"search": {"num_samples": 1}}, None),
@@ -478,7 +478,7 @@ ONE_LR = {"lr": {"low": 0.01, "high": 0.5, "log": True}}
         ({"optim": ONE_LR, "search": {"metric": ["val_acc"]}}, "search.metric: no such name 'val_acc'; did you mean 'val_accuracy'?"),
         ({"epochs": 1, "optim": ONE_LR, "search": {"stopping": "hyperband"}}, "search.stopping: hyperband has no rung in 1 epochs"),
         ({"epochs": 9, "optim": ONE_LR, "search": {"stopping": {"name": "halving", "min_epochs": 9}}}, "search.stopping: halving would never stop a trial: min_epochs is 9 of 9"),
-        ({"optim": ONE_LR, "search": {"metric": ["val_accuracy", "parameters"], "stopping": "none"}}, "search.more_metrics: parameters are the same in all trials where the student is fixed"),
+        ({"optim": ONE_LR, "search": {"metric": ["val_accuracy", "parameters"], "stopping": "none"}}, "search.more_metrics: the number of parameters is the same in all trials, because the student is fixed"),
         ({"optim": ONE_LR, "search": {"metric": ["parameters", "val_accuracy"]}}, "search.metric: no such name 'parameters'"),
         ({"epochs": 9, "optim": ONE_LR, "search": {"stopping": "hyperband", "num_samples": 5}}, "search.stopping: hyperband's 3 brackets need 6 trials of each objective, got 5"),
         ({"optim": ONE_LR, "search": {"stopping": "median", "num_samples": 5}}, "search.stopping: median begins after 5 full-length trials of an objective, and each has 5"),
@@ -848,10 +848,7 @@ def test_arguments_of_ones_own_may_be_called_low_high_and_choices() -> None:
 def test_few_points_are_noted_with_what_runs_each_once() -> None:
     three = {"optim": {"lr": {"choices": [0.1, 0.2, 0.3]}}, "objective": "ce", "epochs": 9}
     (note,) = build_space({**three, "search": {"num_samples": 4}}).notes
-    assert (
-        "only 3 different trials of ce: of 4 that are proposed, some are likely to repeat others"
-        in note
-    )
+    assert "only 3 different trials of ce: of 4 proposals, some are likely to repeat others" in note
     assert "search.sampler: grid" in note
     build_space({**three, "search": {"sampler": "grid"}})
     assert build_space({**three, "search": {"num_samples": 1, "warm_start": False}}).notes == ()
@@ -948,7 +945,7 @@ WIDE: dict[str, Any] = {
         ({"optim": {**WIDE["optim"], "weight_decay": {"low": 1e-3, "high": 1e-2}}}, "optim.weight_decay: was fixed at 0.0005"),
         ({"epochs": 5}, "epochs: was 27, and is 5 now"),
         ({"objective": {"name": "lsr", "alpha": 0.2}}, "objective.lsr.alpha: was 0.1, and is 0.2 now"),
-        ({"objective": "ce"}, "objective: existing trials have lsr, and the new space lacks it"),
+        ({"objective": "ce"}, "objective: existing trials have lsr, but the new space lacks it"),
         ({"search": {"metric": "val_nll"}}, "search.metric: was val_accuracy"),
         ({"seed": 1}, "seed: was 0, and is 1 now"),
     ],
@@ -1039,7 +1036,7 @@ def test_one_precision_for_a_sweep_that_searches_the_student(
     ]
     space = build_space({"objective": objective, "student": {"choices": list(students)}})
     assert {branch.example.precision for branch in space.branches} == {precision}
-    with pytest.raises(ConfigError, match="precision: one value for the whole sweep"):
+    with pytest.raises(ConfigError, match="precision: must have one value for the whole sweep"):
         build_space({"objective": "ce", "precision": {"choices": ["fp32", "bf16"]}})
 
 

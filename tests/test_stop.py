@@ -274,7 +274,7 @@ def test_a_trial_is_named_as_in_logs_and_asked_as_often_as_one_likes(
     ended, running = (read_records(sweep)[k].name for k in (0, 2))
     for word in (running, running[:5], "2"):
         assert main(["stop", "e", word]) == 0
-        said = f"{running} is asked to stop: it ends after its current epoch, and keeps its value\n"
+        said = f"{running} was asked to stop: it ends after its current epoch and keeps its value\n"
         assert capsys.readouterr().out == said
     assert stop_requests(sweep) == {running}
     assert main(["stop", "e", "0"]) == 0
@@ -290,12 +290,12 @@ def test_a_sweep_is_asked_to_stop_only_where_something_may_run(
 ) -> None:
     assert main(["stop", "e"]) == 0
     out = capsys.readouterr().out
-    assert "e is asked to stop" in out and "tfkd resume e" in out
+    assert "e was asked to stop" in out and "tfkd resume e" in out
     assert stop_requests(sweep) == {WHOLE_SWEEP}
     drop_stop(experiment_of(sweep))
     monkeypatch.setattr("tfkd_ray.show.status.is_running", lambda experiment: False)
     assert main(["stop", "e"]) == 0  # its driver ran elsewhere, and may only be silent
-    assert "no sign of life of its driver on nowhere; if it runs" in capsys.readouterr().out
+    assert "its driver on nowhere does not respond; if it still runs" in capsys.readouterr().out
     drop_stop(experiment_of(sweep))
     (sweep / "driver.txt").unlink()
     assert main(["stop", "e"]) == 0
@@ -304,7 +304,7 @@ def test_a_sweep_is_asked_to_stop_only_where_something_may_run(
     )
     assert stop_requests(sweep) == set()
     assert main(["stop", "e", "2"]) == 0
-    assert "nothing runs it now; it ends when the sweep is resumed" in capsys.readouterr().out
+    assert "it does not run now, and ends when the sweep is resumed" in capsys.readouterr().out
 
 
 @pytest.mark.fault

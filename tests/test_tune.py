@@ -290,19 +290,19 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
         ),
         (
             {"tune_config": tune.TuneConfig(trial_name_creator=str)},
-            "tune_config.trial_name_creator: trials have names",
+            "tune_config.trial_name_creator: tfkd finds trials by the names",
         ),
         (
             {"tune_config": tune.TuneConfig(trial_dirname_creator=str)},
-            "tune_config.trial_dirname_creator: trials have",
+            "tune_config.trial_dirname_creator: tfkd finds trials",
         ),
         (
             {"tune_config": tune.TuneConfig(chdir_to_trial_dir=False)},
-            "tune_config.chdir_to_trial_dir: Ray has given",
+            "tune_config.chdir_to_trial_dir: Ray no longer supports",
         ),
         (
             {"run_config": tune.RunConfig(failure_config=tune.FailureConfig(fail_fast=True))},
-            "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials",
+            "run_config.failure_config.fail_fast: a failed trial does not raise here; set search.max_failed_trials",
         ),
         (
             {"run_config": tune.RunConfig(storage_filesystem=LocalFileSystem())},

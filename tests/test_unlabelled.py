@@ -643,9 +643,9 @@ def test_images_that_changed_since_they_were_recorded_are_refused(
     pinned = config(data={"unlabelled": str(somewhere["flat"])}).pinned()
     assert pinned.pinned() == pinned
     png(somewhere["flat"] / "03.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ConfigError, match="are others than those that were recorded"):
+    with pytest.raises(ConfigError, match="differ from the recorded ones"):
         next(train(pinned, teacher=network(pinned)))
-    with pytest.raises(ConfigError, match="put those back, or begin a new experiment"):
+    with pytest.raises(ConfigError, match="restore them, or begin a new experiment"):
         pinned.data.pinned()
 
 
@@ -776,19 +776,19 @@ def test_functions_that_give_no_images_are_refused(name: str, sentence: str) -> 
         data.load_unlabelled()
 
 
-NO_TEACHER = "learns from no teacher, and images without labels have no other target"
+NO_TEACHER = "has no teacher, and images without labels have no other target"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ce": ({"objective": "ce"}, f"data.unlabelled: objective ce {NO_TEACHER}, got .*; use one of dist, kd, "),
     "lsr": ({"objective": "lsr"}, f"objective lsr {NO_TEACHER}"),
     "tfkd_reg": ({"objective": "tfkd_reg"}, f"objective tfkd_reg {NO_TEACHER}"),
     "tfkd_reg_code": ({"objective": "tfkd_reg_code"}, f"objective tfkd_reg_code {NO_TEACHER}"),
     "dkd": ({"objective": "dkd"}, "data.unlabelled: objective dkd has no form for images without labels"),
-    "a loss of one's own": ({"objective": "test_own_loss:margin"}, "has no form for images without|learns from no teacher"),
+    "a loss of one's own": ({"objective": "test_own_loss:margin"}, "has no form for images without|has no teacher"),
     "an own loop": ({"loop": "test_own_loop:good"}, "data.unlabelled: the loop of this package adds them to its steps"),
     "ratio 0": ({"data": {"unlabelled_ratio": 0}}, r"data\..*unlabelled_ratio: should be greater than 0, got 0"),
     "a negative ratio": ({"data": {"unlabelled_ratio": -1}}, r"unlabelled_ratio: should be greater than 0, got -1"),
     "ratio NaN": ({"data": {"unlabelled_ratio": math.nan}}, r"unlabelled_ratio: should be a finite number, got nan"),
-    "a ratio of none": ({"data": {"unlabelled_ratio": 0.001}}, "data.unlabelled_ratio: beside 50 labelled images it is none, got 0.001"),
+    "a ratio of none": ({"data": {"unlabelled_ratio": 0.001}}, "data.unlabelled_ratio: with 50 labelled images a step it rounds to none, got 0.001"),
     "a ratio without images": ({"data": {"unlabelled": None}}, "data.unlabelled_ratio: is for unlabelled images, and data.unlabelled gives none, got 0.78"),
     "rest of all": ({"data": {"unlabelled": "rest"}}, "data.unlabelled: rest is what data.subset leaves out, and there is none"),
     "no name": ({"data": {"unlabelled": ""}}, "unlabelled: needs rest, a folder of images, a file"),
@@ -856,7 +856,7 @@ def test_the_ratio_is_searched_for_the_objectives_that_use_it() -> None:
     names = {b.objective: [p.name for p in b.parameters] for b in space.branches}
     assert names["kd"] == ["data.unlabelled_ratio", "optim.lr"] and names["ce"] == ["optim.lr"]
     assert len(space.teacher_runs()) == 1
-    with pytest.raises(ConfigError, match=r"data.subset: one value for the whole sweep"):
+    with pytest.raises(ConfigError, match=r"data.subset: must have one value for the whole sweep"):
         build_space({**SPACE, "data": {**SPACE["data"], "subset": {"choices": [200, 300]}}})
 
 
@@ -916,7 +916,7 @@ def test_check_says_how_many_there_are_and_which_are_validation_images(
     assert main(["check", str(file)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"unlabelled images: 8 ({tmp_path}/x.npy), 64 to 256 beside 64 labelled ones" in said
-    assert "note: data.unlabelled: 3 of its 8 images are validation images, byte for byte" in said
+    assert "note: data.unlabelled: 3 of its 8 images are identical to validation images" in said
     assert main(["plan", str(file)]) == 0
     assert "unlabelled images: 1 to 4 for each labelled one" in capsys.readouterr().out
     (tmp_path / "x.npy").unlink()

@@ -344,7 +344,7 @@ def test_two_seeds_are_judged_and_said() -> None:
     v = judge([arm("a", 0.80, 0.81)], [arm("b", 0.79, 0.79)])
     assert v.verdict == "cannot tell" and v.candidates[0].comparisons[0].effect is None
     assert v.notes == (
-        "n = 2: the spread comes from one difference, so only very large leads can be told from luck",
+        "n = 2: the spread comes from one difference, so only very large leads can be told from chance",
     )
     text = " ".join(" ".join(verdict_table(v)).split())
     assert text.count(v.sentence) == 1 and text.count(v.notes[0]) == 1
@@ -412,7 +412,7 @@ def test_a_better_that_other_test_images_may_not_show_has_a_note() -> None:
     v = judge([with_images("a", more)], [with_images("b", base)])
     assert v.verdict == "better"
     assert len(v.notes) == 1 and v.notes[0].endswith(
-        "holds on this test set and may not on another of its size"
+        "holds on this test set but may not hold on another of the same size"
     )
 
 
@@ -420,11 +420,11 @@ def test_a_better_that_other_test_images_may_not_show_has_a_note() -> None:
     ([], [CE], ["candidates: none; a verdict needs one or more"]),
     ([CE], [], ["baselines: none; a verdict needs one or more"]),
     ([arm("a", 0.8)], [arm("b", 0.7)], [
-        "a: n = 1; one run has no spread, so no difference can be told from luck; use 2 seeds or more (5 is a fair start)",
-        "b: n = 1; one run has no spread, so no difference can be told from luck; use 2 seeds or more (5 is a fair start)",
+        "a: n = 1; one run has no spread, so no difference can be told from chance; use 2 seeds or more (5 is a good start)",
+        "b: n = 1; one run has no spread, so no difference can be told from chance; use 2 seeds or more (5 is a good start)",
     ]),
     ([arm("a", 0.8, 0.9)], [arm("b", 0.7, 0.8, seeds=(1, 2))], ["a and b: n = 1 in common; one run has no spread"]),
-    ([arm("a", 0.8, math.nan, math.inf)], [CE], ["a: accuracy is not a finite number at seed 1 and 2; a run that diver"]),
+    ([arm("a", 0.8, math.nan, math.inf)], [CE], ["a: accuracy is not a finite number at seed 1 and 2; a diverged run"]),
     ([CE], [CE], ["ce: two arms have this name; give each its own"]),
 ], ids=["no candidates", "no baselines", "one seed", "one in common", "nan", "names"])  # fmt: skip
 def test_what_cannot_be_judged_is_refused_with_the_reason(

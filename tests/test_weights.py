@@ -198,7 +198,7 @@ def test_tensors_without_plain_values_are_refused(tmp_path: Path, saved: dict[st
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_program_of_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "w.pt")
-    assert refused(tmp_path / "w.pt").startswith("is a TorchScript archive, which is a program")
+    assert refused(tmp_path / "w.pt").startswith("is a TorchScript archive, which contains code")
 
 
 class _Touch:
@@ -250,7 +250,7 @@ def test_another_file_is_no_weights(name: str, content: bytes, tmp_path: Path) -
 
 
 def test_files_that_are_not_there_are_said(tmp_path: Path) -> None:
-    assert refused(tmp_path / "w.pt") == f"no such file (looked from {Path.cwd()})"
+    assert refused(tmp_path / "w.pt") == f"no such file (searched from {Path.cwd()})"
     assert refused(tmp_path) == "is a directory; name a file in it: it holds no weights"
     (tmp_path / "b.pth").touch()
     assert refused(tmp_path) == "is a directory; name a file in it: b.pth"
@@ -439,7 +439,7 @@ def test_old_names_in_the_file_of_densenet_are_understood(hub: Path) -> None:
     [
         ("torchvision", CNN, LARGE, 1000, "torchvision has no cnn; name a file"),
         ("torchvision", ResNeXt29(), LARGE, 1000, "torchvision has no resnext29; name a file"),
-        ("torchvision", GoogLeNet(), LARGE, 1000, "googlenet's expect images of another mean and spread"),
+        ("torchvision", GoogLeNet(), LARGE, 1000, "googlenet's weights expect images with another mean and deviation"),
         ("torchvision", ResNet18(), LARGE, 10, "torchvision's teachers have the 1000 classes of ImageNet and the data has 10"),
         ("torchvision", ResNet18(), (3, 64, 64), 1000, "torchvision's are for images of 3 channels above 64 pixels; these"),
         ("torchvision", ResNet18(), (1, 224, 224), 1000, "torchvision's are for images of 3 channels above 64 pixels; these"),

@@ -48,7 +48,7 @@ def confirm_verb(args: Namespace) -> int:
             "--baselines": args.baselines == DEFAULT_BASELINES,
         }
         problems = [
-            f"{option}: is for sweeps; an arms file says what is compared"
+            f"{option}: is for sweeps; an arms file lists what is compared"
             for option, ok in usual.items()
             if not ok
         ]
@@ -58,7 +58,7 @@ def confirm_verb(args: Namespace) -> int:
             "--preset": not args.preset,
             "--storage": args.storage == DEFAULT_STORAGE,
         }
-        why = "settings and presets are for arms files; the arms of a sweep are as it trained them, beside it"
+        why = "settings and presets are for arms files; the arms of a sweep use the settings that it trained"
         problems = [f"{option}: {why}" for option, ok in usual.items() if not ok]
     if problems:
         raise ConfigError(problems, args.file)
@@ -126,8 +126,8 @@ def _check_ended(sweep: "Experiment") -> None:
     ended = sum(trials[state] for state in ("done", "stopped", "failed"))
     planned = "" if trials["planned"] is None else f" of {trials['planned']:,}"
     raise ConfigError(
-        f"is still running, {ended:,}{planned} trials have ended; wait for its end (tfkd status {name} --follow), "
-        f"or end it (tfkd stop {name}), then confirm it",
+        f"is still running, {ended:,}{planned} trials have ended; wait for its end (tfkd status {name} --follow), or "
+        f"end it (tfkd stop {name}), then confirm it",
         sweep.folder,
     )
 
@@ -135,19 +135,19 @@ def _check_ended(sweep: "Experiment") -> None:
 def check_seeds(first_look: int | None, most: int) -> None:
     """Raise a ConfigError for numbers of seeds that can tell nothing, or have no end."""
     if most > SEED_LIMIT:
-        message = f"at most {SEED_LIMIT} seeds of each arm, which find a lead of a tenth of their spread, got {most}"
+        message = f"at most {SEED_LIMIT} seeds of each arm, got {most}"
         raise ConfigError(message, "--seeds")
     if first_look is None:
         if most < 2:
-            message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
+            message = (
+                "with one run of each arm, a difference cannot be told from chance; use at least 2 seeds, better 5 or "
+                "more"
+            )
             raise ConfigError(message, f"--seeds {most}")
         return
     option = f"--seeds {first_look}..{most}"
     if first_look < 3:
-        message = (
-            f"the first look needs 3 seeds or more to measure a spread by, got {first_look}; "
-            f"try 3..{max(most, 20)}"
-        )
+        message = f"the first look needs 3 seeds or more to measure a spread, got {first_look}; try 3..{max(most, 20)}"
         raise ConfigError(message, option)
     if most < first_look:
         message = f"the limit, {most}, is below the first look, {first_look}; write FIRST..LIMIT, such as 3..20"
@@ -175,8 +175,8 @@ def _tuned_baselines(
         space = baseline_space(experiment, lacking, max(lacking.values()))
         names = " and ".join(lacking)
         say_error(
-            f"baselines: {names} had fewer trials than the winner's objective, or are tuned in name only; "
-            f"tuning them first, in {short_path(tuned)}"
+            f"baselines: {names} had fewer trials than the winner's objective, or are hardly tuned; tuning them first, "
+            f"in {short_path(tuned)}"
         )
         have_data(space.example, args)
         space.example.data.examine()

@@ -117,7 +117,7 @@ def head_needed(
     def gone(what: str) -> None:
         if progress is not None:
             progress.stop()
-        again = "run the same command again; teachers that are trained are kept"
+        again = "run the same command again; trained teachers are kept"
         heads = ("experiment.yaml", "confirm.yaml")
         if experiment is not None and any((experiment / name).is_file() for name in heads):
             again = f"resume with:\n  {resume_command(experiment)}"
@@ -179,7 +179,7 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
 
     def say_last() -> None:
         progress.stop()
-        say_error("stopped at once; what was not saved is repeated when you resume")
+        say_error("stopped at once; tfkd resume repeats what was not saved")
 
     def handler(number: int, frame: Any) -> None:
         if interrupted or not callable(signal.getsignal(signal.SIGUSR1)):

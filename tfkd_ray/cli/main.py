@@ -208,8 +208,8 @@ def _directory_is_gone() -> bool:
 def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
     """Report that this Python, perhaps the one of a cluster's head, lacks a package."""
     say_error(
-        f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there "
-        "(on a cluster: in the environment that Ray was started from, whose `python` runs jobs)"
+        f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd in that environment (on "
+        "a cluster, jobs run with the `python` of the environment that Ray was started from)"
     )
     return FAILED
 
@@ -249,7 +249,7 @@ def _check_blanks(overrides: list[str]) -> None:
             before = overrides[max(0, n - 1) : n] if word.startswith("=") else []
             parts = [*before, word, *after]
             raise ConfigError(
-                f"{' '.join(parts)}: blanks end a word of the command line; write {''.join(parts)}",
+                f"{' '.join(parts)}: the shell splits words at blanks; write {''.join(parts)}",
                 "command line",
             )
 
@@ -312,7 +312,7 @@ def _parser() -> ArgumentParser:
             "overrides",
             nargs="*",
             metavar="key.path=value",
-            help="settings that replace the file's",
+            help="settings that override the file's",
         )
 
     def download(sub: ArgumentParser) -> None:
@@ -338,7 +338,7 @@ def _parser() -> ArgumentParser:
         "--num-samples", type=_count, metavar="N", help="number of trials, over all objectives"
     )
     sub.add_argument("--prior", type=experiment_place, action="append", default=[], metavar="DIR",
-                     help="earlier experiment; the sampler learns from its trials that lie in this space")  # fmt: skip
+                     help="earlier experiment; the sampler learns from its trials within this space")  # fmt: skip
     sub.add_argument(
         "--study-storage",
         metavar="URL",
@@ -355,7 +355,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument(
         "--space",
         metavar="FILE",
-        help="wider or narrower space to continue in; trials outside of it stay on record",
+        help="wider or narrower space to continue in; trials outside it are kept but do not guide the search",
     )
     _flag(sub, "--retry-failed", "retry the failed trials (a comparison always retries them)")
     _budgets(sub)
@@ -377,11 +377,11 @@ def _parser() -> ArgumentParser:
         "trials",
         nargs="*",
         metavar="TRIAL",
-        help="trials to stop for good: names, their unique beginnings, or numbers (default: the sweep)",
+        help="trials to end for good: names, their unique beginnings, or numbers (default: stop the whole sweep)",
     )
 
     sub = verb("spaces", spaces_verb, "List the search spaces and arms files that ship with tfkd.")
-    _flag(sub, "--about", "also show the question that each of them asks")
+    _flag(sub, "--about", "also show the question that each one asks")
 
     sub = verb(
         "init",
@@ -393,8 +393,8 @@ def _parser() -> ArgumentParser:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder of images, a folder for each class: DIR/CLASS/, which is split, or DIR/train/CLASS/ and "
-        "DIR/val/CLASS/; classes, size, recipe, epochs and batch size are set for it",
+        help="folder of images with one folder per class: DIR/CLASS/ (tfkd splits it), or DIR/train/CLASS/ and "
+        "DIR/val/CLASS/; sets classes, size, recipe, epochs and batch size for it",
     )
     sub.add_argument(
         "-o", "--out", type=Path, metavar="FILE", help="the copy (default: ./NAME.yaml)"
@@ -424,7 +424,7 @@ def _parser() -> ArgumentParser:
     file_and_overrides(sub, "a search space, an arms file")
     _of_a_comparison(sub, None)
     _flag(
-        sub, "--probe", "train a few steps of each objective on this machine, to estimate the hours"
+        sub, "--probe", "train each objective for a few steps on this machine to estimate the hours"
     )
     sub.add_argument(
         "--slots",
@@ -470,9 +470,7 @@ def _parser() -> ArgumentParser:
     download(sub)
     storage(sub)
     _of_a_comparison(sub, DEFAULT_SEEDS)
-    sub.add_argument(
-        "--preset", choices=["smoke"], help="smoke: shrink the arms to see that they run"
-    )
+    sub.add_argument("--preset", choices=["smoke"], help="smoke: shrink the arms for a quick try")
     sub.add_argument(
         "--name", help="name of the comparison (default: the file's name and the time)"
     )
@@ -526,8 +524,8 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "best",
         best_verb,
-        "Print the configuration of the best trial, as a file for `tfkd train`; of a sweep with "
-        "several metrics, the trials that no other beats.",
+        "Print the configuration of the best trial, as a file for `tfkd train`. For a sweep with several metrics, "
+        "also list the Pareto front: the trials that no other trial beats in all metrics.",
     )
     experiment(sub)
     _flag(sub, "--all", "print every setting, including those at their defaults")
@@ -544,7 +542,7 @@ def _parser() -> ArgumentParser:
         "--sort", default="number", metavar="FIELD[:desc]", help="sort by a metric or a parameter"
     )
     sub.add_argument("--filter", action="append", default=[], metavar="EXPR",
-                     help="condition, such as status=done or val_accuracy>0.9; of several, all must hold")  # fmt: skip
+                     help="condition, such as status=done or val_accuracy>0.9; if repeated, all must hold")  # fmt: skip
     sub.add_argument("--columns", metavar="A,B", help="columns to show, in this order")
     sub.add_argument("--limit", type=_count, metavar="N", help="show only the first N")
     sub.add_argument(
@@ -563,7 +561,7 @@ def _parser() -> ArgumentParser:
     experiment(sub, follow=True)
     sub.add_argument(
         "trial",
-        help="name of the trial, the beginning of its name, or its number; of an objective: its trials",
+        help="a trial's name, the beginning of its name, or its number; or an objective, for all its trials",
     )
 
     sub = verb("ls", ls_verb, "List experiments and comparisons.")
@@ -573,7 +571,7 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "compare",
         compare_verb,
-        "Show sweeps side by side: the best of each, settings that differ, pairs of equal trials.",
+        "Show sweeps side by side: the best trial of each, settings that differ, pairs of equal trials.",
     )
     sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
     others(sub, "+")
@@ -624,11 +622,11 @@ def _parser() -> ArgumentParser:
         "--storage",
         type=place_or_url,
         metavar="DIR",
-        help="storage of experiments, which all nodes must see "
-        "(default: the cluster file's; on this machine ./tfkd_results)",
+        help="storage of experiments, which all nodes must reach (default: the cluster file's; without one, "
+        "./tfkd_results)",
     )
     sub.add_argument("--space", metavar="FILE", help="search space whose trials must fit")
-    _flag(sub, "--reap", "remove placement groups of jobs that have ended")
+    _flag(sub, "--reap", "remove placement groups of ended jobs")
 
     _cluster_parser(
         verb("cluster", _cluster, "Check, start, watch and stop clusters; see docs/clusters.md.")
@@ -654,8 +652,8 @@ def _on_end(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--on-end",
         metavar="COMMAND",
-        help="shell command to run once it has ended, with TFKD_EXPERIMENT and TFKD_STATUS "
-        "(finished, stopped, failed) in its environment",
+        help="shell command to run at the end, with TFKD_EXPERIMENT and TFKD_STATUS (finished, stopped or failed) in "
+        "its environment",
     )
 
 
@@ -706,8 +704,8 @@ def _of_a_comparison(sub: ArgumentParser, seeds: tuple[int | None, int] | None) 
         type=_seeds,
         default=seeds,
         metavar="N|FIRST..LIMIT",
-        help="seeds per arm (default: 5, which detect gains of about a point; 10 detect half a point); "
-        "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
+        help="seeds per arm (default: 5; 5 detect a gain of about a point, 10 of half a point). FIRST..LIMIT, such as "
+        "3..20: add seeds until every verdict is settled",
     )
     _flag(sub, "--train-only", "train on the train split alone (default: on train and validation)")
     _flag(sub, "--teacher-per-seed", "train a teacher for each seed (default: for tfkd_self alone)")

@@ -9,7 +9,7 @@ from tfkd_ray.cli.terminal import say_error, short_path
 from tfkd_ray.settings.errors import INTERRUPTED, NOT_BETTER, OK, ConfigError
 
 FINISHED, STOPPED, BROKEN = "finished", "stopped", "failed"
-"""How a sweep or a comparison ended: all is done; it can be resumed; something prevented it."""
+"""How a sweep or a comparison ended: complete; stopped, to be resumed; failed."""
 
 
 class OnEnd:
@@ -50,7 +50,7 @@ class OnEnd:
             if ended.returncode:
                 code = f"exit code {ended.returncode}"
                 say_error(
-                    f"warning: the command of --on-end ended with {code}; {self._name} is whole"
+                    f"warning: the command of --on-end ended with {code}; {self._name} is complete"
                 )
 
     @property

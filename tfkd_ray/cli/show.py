@@ -180,7 +180,7 @@ def _plan_comparison(args: Namespace) -> int:
     slots = args.slots or run_slots_here(compared.example, sum(p.trials for p in found.parts))
     print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
     if first_look is not None:
-        print(f"this is the limit of {most} seeds; it ends sooner once every verdict is settled")
+        print(f"this is the limit of {most} seeds; it ends earlier once every verdict is settled")
     return OK
 
 
@@ -233,7 +233,7 @@ def _describe(space: "Space") -> Sentences:
         again = counted(search.finalists.seeds, "further seed")
         each = "" if len(space.branches) == 1 else " of each objective"
         best = f"the best {search.finalists.k}{each}"
-        yield from wrapped(f"then {again} of {best}: their means choose the best trial")
+        yield from wrapped(f"then {again} of {best}: the best trial is chosen by their mean")
     for point in warm_points(space):
         yield from wrapped(f"tried first: {point.objective}: {point.origin}")
     if shared:
@@ -265,9 +265,9 @@ def _grid_lines(space: "Space") -> Sentences:
 
     if not isinstance(space.sampler, Grid):
         return
-    done = "runs its full length, as search.stopping is not set or none"
+    done = "runs its full length, because search.stopping is unset or none"
     if space.rungs:
-        done = "may be stopped early, as search.stopping says; set it to none for a full table"
+        done = "may be stopped early by search.stopping; set it to none for a full table"
     yield from wrapped(f"every combination is one trial; it {done}")
 
 
@@ -335,7 +335,7 @@ def export_verb(args: Namespace) -> int:
         return FAILED
     for name, found in made["differences"].items():
         print(
-            f"{name}: logits differ by at most {found['largest']:.2g} (the largest is {found['scale']:.3g}) on "
+            f"{name}: logits differ by at most {found['largest']:.2g} (the largest logit is {found['scale']:.3g}) on "
             f"{made['images']} images of {made['split']}"
         )
     for name, why in made["problems"].items():
@@ -373,7 +373,7 @@ def best_verb(args: Namespace) -> int:
     config = front[0].config
     if not args.all:
         config = _shortened_config(front[0])
-        print("# settings as by default are left out (--all: every one)")
+        print("# settings at their defaults are left out (--all shows them)")
     print(dump_yaml(config), end="")
     return OK
 
@@ -467,7 +467,7 @@ def report_verb(args: Namespace) -> int:
     if args.follow:
         return _follow_report(args)
     if args.port is not None:
-        raise ConfigError("is for a page that is served: add --follow", "--port")
+        raise ConfigError("applies only to a served page: add --follow", "--port")
     for path in write_report(
         args.experiment,
         args.out or Path("report.html"),
@@ -492,7 +492,7 @@ def _follow_report(args: Namespace) -> int:
     written = {"--out": args.out, "--figures": args.figures}
     if given := [option for option, value in written.items() if value is not None]:
         problems = [
-            f"{option}: a followed report is served and not written; leave one of them out"
+            f"{option}: a followed report is served, not written; leave one of them out"
             for option in given
         ]
         raise ConfigError(problems, "--follow")
@@ -506,9 +506,9 @@ def _follow_report(args: Namespace) -> int:
             port = server.server_address[1]
             say_error(
                 f"report: http://{HERE_ALONE}:{port}/ (Ctrl-C ends it)\n"
-                "from another machine, which reaches this one by the name HOST:\n"
+                "from another machine, where HOST is the name of this one:\n"
                 f"  ssh -N -L {port}:{HERE_ALONE}:{port} HOST\n"
-                f"and open the same address there"
+                "then open the same address there"
             )
             server.serve_forever()
     return OK
@@ -573,7 +573,7 @@ def tensorboard_verb(args: Namespace) -> int:
         board, missing = board_of(logdir, args.port, _pinned_tag(experiments.values()))
         if missing:
             say_error(
-                "note: the pages of this TensorBoard are not those of 2.21, and are shown as they are"
+                "note: this TensorBoard's pages differ from those of 2.21, so tfkd does not adapt them"
             )
         with contextlib.redirect_stderr(io.StringIO()):  # TensorBoard's advice on its flags
             url = board.launch()

@@ -104,7 +104,7 @@ def _check_unused(out: Path) -> None:
         out.lstat()
     except FileNotFoundError:
         return
-    raise ConfigError("exists, and is left as it is; name another file: -o FILE", out)
+    raise ConfigError("exists and is not overwritten; name another file: -o FILE", out)
 
 
 def completion_verb(args: Namespace, parser: ArgumentParser) -> int:

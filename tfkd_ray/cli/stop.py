@@ -22,7 +22,7 @@ def stop_verb(args: Namespace) -> int:
         return _stop_all(found)
     if plan.kind == "comparison":
         raise ConfigError(
-            "is a comparison of arms, which needs all of its runs; leave the trials out to stop it as a whole",
+            "is a comparison of arms, which needs all of its runs; name no trials, to stop the whole comparison",
             found.folder,
         )
     return _stop_trials(found, args.trials)
@@ -41,10 +41,12 @@ def _stop_all(found: "Experiment") -> int:
         return OK
     found.storage.request(found.name, WHOLE_SWEEP)
     if state == "running":
-        print(f"{found.name} is asked to stop: running trials save their state after their epoch")
+        print(
+            f"{found.name} was asked to stop: running trials save their state at the end of their epoch"
+        )
     else:
         print(
-            f"{found.name}: no sign of life of its driver on {driver[1] if driver else '?'}; if it runs, it stops"
+            f"{found.name}: its driver on {driver[1] if driver else '?'} does not respond; if it still runs, it stops"
         )
     print(f"resume with:\n  {resume_command(found.folder)}")
     return OK
@@ -73,11 +75,11 @@ def _stop_trials(found: "Experiment", trials: list[str]) -> int:
             continue
         found.storage.request(found.name, name)
         if alive and record is not None and record.status == "paused":
-            print(f"{name} is paused: it does not go on, and ends with the sweep")
+            print(f"{name} is paused: it does not continue, and ends with the sweep")
         elif alive:
-            print(f"{name} is asked to stop: it ends after its current epoch, and keeps its value")
+            print(f"{name} was asked to stop: it ends after its current epoch and keeps its value")
         else:
             print(
-                f"{name} is asked to stop: nothing runs it now; it ends when the sweep is resumed"
+                f"{name} was asked to stop: it does not run now, and ends when the sweep is resumed"
             )
     return OK

@@ -101,9 +101,9 @@ def _kept_teachers(args: Namespace, name: str) -> str:
     words = [shlex.quote(masked(word)) for word in args.words]
     words += [] if args.name is not None else ["--name", shlex.quote(name)]
     return (
-        "tfkd tune: interrupted before a trial ran, so there is nothing to resume. Teachers that are trained are "
-        "kept, and one in training up to its last checkpoint; go on with:\n  tfkd "
-        + " ".join(words)
+        "tfkd tune: interrupted before a trial ran, so there is nothing to resume. Trained teachers are kept, and a "
+        "teacher in training up to its last checkpoint. To continue:\n"
+        "  tfkd " + " ".join(words)
     )
 
 
@@ -172,7 +172,7 @@ def _resume_comparison(found: "Experiment", args: Namespace) -> int:
     }
     if wrong := [option for option, value in given.items() if value is not None]:
         problems = [
-            f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs"
+            f"{option}: is for sweeps; a comparison has fixed arms and a fixed number of runs"
             for option in wrong
         ]
         raise ConfigError(problems, found.folder)
@@ -191,7 +191,7 @@ def _is_over(experiment: Path) -> str:
         return ""
     if DRIVER_ENDED not in read_spent(experiment):
         return ""
-    return f"nothing is left to do: all {planned:,} trials of {short_path(experiment)} have ended"
+    return f"nothing to do: all {planned:,} trials of {short_path(experiment)} have ended"
 
 
 def _sweep(space: "Space", end: OnEnd, experiment: Path, build: Callable[[Any], Any]) -> int:
@@ -259,7 +259,7 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and the best")
     if space.search.metric in winner.means:
-        print("of a few finalists still looks a little better than it is (selection bias).")
+        print("of a few finalists still looks slightly better than it is (selection bias).")
     else:
         print("of many trials looks better than it is (selection bias).")
     print(f"\nwritten to {short_path(experiment)}")
@@ -302,7 +302,7 @@ def _print_counts(
     if runs:
         print(f"  and {further_counts(Counter(run.status for run in runs))} with further seeds")
     if lost := sum(record.lost for record in [*records, *runs]):
-        print(f"  {lost} times a process was lost and its trial resumed; this is no failure")
+        print(f"  {lost} times a process was lost and its trial resumed; these are not failures")
     if gone:
         print(*wrapped(gone_sentence(gone), first="  "), sep="\n")
     failed = [record for record in [*records, *runs] if record.status == "failed"]
@@ -315,7 +315,7 @@ def _print_limits(limits: str, *, met: bool) -> None:
     """Print whether the best trial meets the constraints."""
     text = f"it meets the constraints: {limits}"
     if not met:
-        text = f"no trial of full length meets the constraints: {limits}; it is the best of those that do not"
+        text = f"no trial of full length meets the constraints: {limits}; this is the best of the others"
     print(*wrapped(text, first="  "), sep="\n")
 
 
@@ -347,7 +347,7 @@ def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -
     alike = [r for r in records if r.status == "done" and (metric in r.means) == again]
     ties = sum(r.judged.get(metric) == winner.judged[metric] for r in alike)
     if ties > 1:
-        print(f"{ties} trials share this value; the first of them is named")
+        print(f"{ties} trials share this value; the first one is named")
     if guessed := chance_note(space.example.data, winner.last.get("val_accuracy")):
         print(*wrapped(f"note: {guessed}"), sep="\n")
     if space.search.more_metrics:

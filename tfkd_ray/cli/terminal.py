@@ -106,8 +106,8 @@ def newest_experiment() -> Path:
     begun = _begun_here()
     if not begun:
         raise ConfigError(
-            f"no experiment is named, and ./{DEFAULT_STORAGE} has none{_teacher_in_training(DEFAULT_STORAGE)}; "
-            "name its directory or URL"
+            f"no experiment is named, and ./{DEFAULT_STORAGE} has none{_teacher_in_training(DEFAULT_STORAGE)}; name "
+            "its directory or URL"
         )
     return max(begun, key=lambda folder: begun[folder])
 
@@ -196,7 +196,7 @@ def _check_experiment(place: Path) -> None:
         near = near_to(place.name, here)
         meant = "." if near is None else f"; did you mean {near!r}?"
         listed = " `tfkd ls` lists experiments" if here else ""
-        why = f"no such directory (looked from {Path.cwd()}){_teacher_in_training(place.parent)}"
+        why = f"no such directory (searched from {Path.cwd()}){_teacher_in_training(place.parent)}"
         raise ConfigError(f"{why}{meant}{listed}".rstrip("."), place)
 
 
@@ -226,8 +226,8 @@ def _teacher_in_training(storage: Path) -> str:
     if age_s > TOLD_S:
         return ""
     return (
-        f"; teacher {path.parent.name} is being trained (epoch {epoch} ended {duration(age_s)} ago), and a sweep's "
-        "directory is made after its teachers"
+        f"; teacher {path.parent.name} is being trained (epoch {epoch} ended {duration(age_s)} ago); a sweep's "
+        "directory is created after its teachers are trained"
     )
 
 
@@ -274,7 +274,7 @@ def new_name(args: Namespace, storage: "Storage", stem: str) -> str:
 def how_made(run: "TeacherRun") -> str:
     """Return a phrase on how a teacher is made."""
     if run.weights is not None:
-        return f"taking {run.student.name} from {run.weights}"
+        return f"loading {run.student.name} from {run.weights}"
     stop = f", stopped after {run.stop_epoch}" if run.stop_epoch else ""
     stop += f", stopped at val_accuracy {run.stop_accuracy:g}" if run.stop_accuracy else ""
     return f"training {run.student.name} with {run.objective.name} for {run.epochs} epochs{stop}"
@@ -325,6 +325,6 @@ def same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
         config = config.with_digests(there.data.digests)
         if there.fingerprint() != config.fingerprint():
             raise ConfigError(
-                "holds another run (see its config.yaml); choose another directory: --out DIR", out
+                "has another run (see its config.yaml); choose another directory: --out DIR", out
             )
     return config.pinned()

@@ -91,7 +91,8 @@ def train_verb(args: Namespace) -> int:
 
     if isinstance(args.storage, str):
         raise ConfigError(
-            "one run is made on this machine's disk: name a directory, or leave it out", "--storage"
+            "tfkd train writes to this machine's disk: name a directory, or leave it out",
+            "--storage",
         )
     space = load_file(args)
     try:
@@ -143,7 +144,7 @@ def train_verb(args: Namespace) -> int:
             elif metrics["epoch"] < config.epochs:
                 epochs.close()
                 say_error(
-                    f"interrupted; the same command with --out {short_path(out)} resumes the run"
+                    f"interrupted; to resume the run, repeat the command with --out {short_path(out)}"
                 )
                 return INTERRUPTED
     except (ArithmeticError, RuntimeError) as error:

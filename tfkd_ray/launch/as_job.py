@@ -39,12 +39,12 @@ def check_options(args: Namespace) -> None:
         )
     if args.detach and not is_job(args):
         raise ConfigError(
-            "--detach: needs --cluster FILE or --address http://...: what runs here ends with this command"
+            "--detach: needs --cluster FILE or --address http://...: a sweep on this machine ends with this command"
         )
     if is_job(args) and getattr(args, "on_end", None):
         raise ConfigError(
-            "--on-end: a job ends on the cluster, where everyone sees its command; run yours after this one, which "
-            "follows the job: tfkd ... ; COMMAND"
+            "--on-end: a job ends on the cluster, and everyone there can see its command; run yours after this one, "
+            "which follows the job: tfkd ... ; COMMAND"
         )
     address = args.address or ""
     if "://" in address and not is_job(args):
@@ -131,7 +131,9 @@ def confirm_as_job(args: Namespace) -> int | None:
         return None
     if not is_arms(args):
         if "://" not in args.file and not Path(args.file).is_absolute():
-            raise ConfigError(f"an absolute path that the cluster sees, got {args.file}", "confirm")
+            raise ConfigError(
+                f"an absolute path that the cluster can reach, got {args.file}", "confirm"
+            )
         return sweep_as_job(job_words(args), args)
     from tfkd_ray.space.arms import load_arms
 
@@ -173,12 +175,12 @@ def _storage_of(args: Namespace) -> str | None:
             return str(storage_at(args.storage))
         if not args.storage.is_absolute():
             raise ConfigError(
-                f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}"
+                f"--storage: an absolute path that all nodes of the cluster can reach, got {args.storage}"
             )
         return str(args.storage)
     if args.cluster is None:
         raise ConfigError(
-            "--storage: required with --address http://...: a directory that all nodes of the cluster see"
+            "--storage: required with --address http://...: a directory that all nodes of the cluster can reach"
         )
     file = load_cluster(args.cluster)
     if file.kind == "slurm":

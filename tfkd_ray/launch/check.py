@@ -31,7 +31,7 @@ def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
     nodes = node_types(file)
     if nodes is None:
         lines.append(
-            "its nodes' CPUs and GPUs are found by Ray when it starts, so room for a trial is not checked here"
+            "Ray finds the CPUs and GPUs of its nodes when it starts, so room for a trial is not checked here"
         )
     for node in nodes or []:
         has = ", ".join(_amounts(node)) or "no CPUs"
@@ -79,7 +79,10 @@ def _storage(file: ClusterFile) -> Iterator[str]:
         file.kind, "TFKD_RESULTS"
     )
     if file.storage is None:
-        yield f"{field}: required, and not given; name a directory that all nodes see, such as /mnt/shared/tfkd_results"
+        yield (
+            f"{field}: required, and not given; name a directory that all nodes can reach, such as "
+            "/mnt/shared/tfkd_results"
+        )
         return
     if is_url(file.storage):
         try:
@@ -106,7 +109,10 @@ def _storage(file: ClusterFile) -> Iterator[str]:
 
 
 def _local_to_a_node(field: str, value: str) -> str:
-    return f"{field}: {value} is local to each node, and a trial that moves would not find its checkpoint; name a directory that all nodes see"  # noqa: E501
+    return (
+        f"{field}: {value} is local to each node, so a trial that moves would not find its checkpoint; name a "
+        "directory that all nodes can reach"
+    )
 
 
 def node_types(file: ClusterFile) -> list[NodeType] | None:

@@ -232,7 +232,7 @@ def amount_problems(place: str, group: Tree) -> Sentences:
             field = f"{place}.template.spec.containers.0.resources.{part}.{dotted([kind])}"
             amount = quantity(value)
             if amount is None:
-                yield f"{field}: must be a quantity of Kubernetes' (2, 500m, 8Gi), got {value!r}"
+                yield f"{field}: must be a Kubernetes quantity (2, 500m, 8Gi), got {value!r}"
             elif kind.endswith("/gpu") and amount != int(amount):
                 yield f"{field}: GPUs are whole, got {value!r}"
     for name in ("num-cpus", "num-gpus"):
@@ -255,7 +255,7 @@ def copy_problems(file: ClusterFile) -> Sentences:
     """Yield files to copy that are missing here; the token is created when the cluster starts."""
     for there, here in below(file.tree, "file_mounts").items():
         if not there:
-            yield f"file_mounts: {here} must have a path on the nodes, got {there!r}"
+            yield f"file_mounts: {here} needs a path on the nodes, got {there!r}"
         elif not str(there).endswith("auth_token"):
             yield from (f"file_mounts.{there}: {problem}" for problem in _no_copy(here))
 
@@ -268,7 +268,7 @@ def _no_copy(here: str) -> Sentences:
         yield from error.problems
         return
     if not path.exists():
-        yield f"{here} is not there (looked from {Path.cwd()})"
+        yield f"{here} does not exist (searched from {Path.cwd()})"
         return
     below = (Path(where) / name for where, _, names in os.walk(path) for name in names)
     for inside in (path, *below):

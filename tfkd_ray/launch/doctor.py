@@ -130,18 +130,21 @@ def check_token() -> Iterator[Found]:
         yield Found(
             "problem",
             "token",
-            f"RAY_AUTH_MODE={mode}: whoever reaches the cluster runs code on it; unset it",
+            f"RAY_AUTH_MODE={mode}: anyone who can reach the cluster can run code on it; unset it",
         )
         return
     path = token_file()
     if os.environ.get("RAY_AUTH_TOKEN"):
         yield Found("ok", "token", "from RAY_AUTH_TOKEN")
     elif token() is None:
-        yield Found("warning", "token", f"none yet ({path}); a cluster started by tfkd makes one, to join another's "
-                    "copy its own there, mode 600")  # fmt: skip
+        yield Found("warning", "token",
+            f"none yet ({path}); tfkd creates one when it starts a cluster; to join another cluster, copy its token to "
+            "that path, mode 600")  # fmt: skip
     elif (bits := stat.S_IMODE(path.stat().st_mode)) & 0o077:
         yield Found(
-            "problem", "token", f"{path} may be read by others (mode {bits:o}); chmod 600 {path}"
+            "problem",
+            "token",
+            f"{path} can be read by other users (mode {bits:o}); chmod 600 {path}",
         )
     else:
         yield Found("ok", "token", f"{path}, mode {bits:o}")
@@ -162,9 +165,9 @@ def check_sockets(lengths: dict[str, int]) -> Iterator[Found]:
     """Check that the paths of Ray's sockets are short enough."""
     place, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
     if longest > SOCKET_BYTES:
-        yield Found("problem", "sockets", f"{place}: {longest} bytes is the longest path of a socket of Ray's, and "
-                    f"{SOCKET_BYTES} is the most; set a shorter temporary directory: RAY_TMPDIR=/tmp/ray, or "
-                    "ray start --temp-dir=/tmp/ray")  # fmt: skip
+        yield Found("problem", "sockets",
+            f"{place}: the longest path of a Ray socket has {longest} bytes, and the limit is {SOCKET_BYTES}; set a "
+            "shorter temporary directory: RAY_TMPDIR=/tmp/ray, or ray start --temp-dir=/tmp/ray")  # fmt: skip
     else:
         yield Found("ok", "sockets", f"paths of {longest} bytes, of at most {SOCKET_BYTES}")
 
@@ -173,9 +176,11 @@ def check_shared_memory(sizes: dict[str, tuple[int, float]]) -> Iterator[Found]:
     """Check that shared memory holds the object store; otherwise Ray uses slow files."""
     small = {place: size for place, size in sizes.items() if size[0] < size[1]}
     for place, (there, needed) in small.items():
-        yield Found("warning", "memory", f"{place}: /dev/shm has {_gb(there)}, and Ray's object store takes "
-                    f"{_gb(needed)}: it takes slow files instead; in a container: --shm-size={_gb(needed * 1.1, 'g')}, "
-                    "or a smaller store: --object-store-memory")  # fmt: skip
+        text = (
+            f"{place}: /dev/shm has {_gb(there)}, but Ray's object store needs {_gb(needed)}, so it uses slow files; "
+            f"in a container: --shm-size={_gb(needed * 1.1, 'g')}, or a smaller store: --object-store-memory"
+        )
+        yield Found("warning", "memory", text)
     if not small:
         yield Found(
             "ok",
@@ -236,7 +241,7 @@ def check_versions(nodes: Iterable[Node]) -> Iterator[Found]:
     yield Found(
         "problem",
         "versions",
-        f"they differ, and so would numbers: {listed}; install the same on all nodes",
+        f"they differ, so results would differ: {listed}; install the same on all nodes",
     )
 
 
@@ -247,7 +252,7 @@ def check_asked() -> Iterator[Found]:
         yield Found(
             "warning",
             "access",
-            "no dashboard, so it is not known whether the cluster wants a token",
+            "no dashboard, so it is unknown whether the cluster requires a token",
         )
         return
     try:
@@ -263,20 +268,25 @@ def check_asked() -> Iterator[Found]:
     except OSError as error:
         yield _unclear(str(getattr(error, "reason", None) or error))
     else:
-        yield Found("problem", "access", "the cluster lets anyone in without a token; restart it with "
-                    "RAY_AUTH_MODE=token, as `tfkd cluster up` does")  # fmt: skip
+        yield Found("problem", "access",
+            "the cluster accepts anyone without a token; restart it with RAY_AUTH_MODE=token, as `tfkd cluster up` "
+            "does")  # fmt: skip
 
 
 def _unclear(reason: str) -> Found:
     return Found(
-        "warning", "access", f"whether the cluster wants a token is not known from here ({reason})"
+        "warning",
+        "access",
+        f"it is unknown from here whether the cluster requires a token ({reason})",
     )
 
 
 def check_storage(storage: Storage | None, nodes: Sequence[Node]) -> Iterator[Found]:
     """Check that each node reads what this machine writes to the storage, and the reverse."""
     if storage is None:
-        yield Found("warning", "storage", "not checked; say where experiments go: --storage DIR")
+        yield Found(
+            "warning", "storage", "not checked; name the storage of experiments: --storage DIR"
+        )
         return
     if (unwritable := _no_storage(storage)) is not None:
         yield unwritable
@@ -328,11 +338,11 @@ def check_groups(*, reap: bool) -> Iterator[Found]:
     """Check that no placement group of an ended job still holds CPUs and GPUs."""
     groups = leaked_groups()
     if groups is None:
-        yield Found("warning", "groups", "leaked ones are not known: Ray's State API does not answer; start Ray with "
-                    "its dashboard")  # fmt: skip
+        yield Found("warning", "groups",
+            "unknown, because Ray's State API does not respond; start Ray with its dashboard")  # fmt: skip
         return
     if not groups:
-        yield Found("ok", "groups", "no placement group is left of a job that has ended")
+        yield Found("ok", "groups", "no placement group of an ended job is left")
         return
     held = defaultdict[str, float](float)
     for bundle in (bundle for group in groups for bundle in group.bundles):
@@ -347,8 +357,8 @@ def check_groups(*, reap: bool) -> Iterator[Found]:
         yield Found(
             "ok",
             "groups",
-            f"removed {len(groups)} of jobs that have ended; {listed} are free again",
+            f"removed {len(groups)} of ended jobs; {listed} are free again",
         )
     else:
-        yield Found("problem", "groups", f"{len(groups)} of jobs that have ended hold {listed}; tfkd doctor --reap "
-                    "removes them")  # fmt: skip
+        yield Found("problem", "groups",
+            f"{len(groups)} of ended jobs hold {listed}; tfkd doctor --reap removes them")  # fmt: skip

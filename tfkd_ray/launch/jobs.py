@@ -60,8 +60,8 @@ def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:
             f"{p.relative_to(folder)} ({p.lstat().st_size / 10**6:.0f} MB)" for p in largest
         )
         raise ConfigError(
-            f"a job gets a copy of the working directory, and {size / 10**6:.0f} MB are more than {LIMIT_MB}: {shown}; "
-            "name what is not code in .rayignore, or start from the folder of your search space",
+            f"a job gets a copy of the working directory, and {size / 10**6:.0f} MB exceed the limit of {LIMIT_MB} MB: "
+            f"{shown}; list what is not code in .rayignore, or start in the folder of your search space",
             folder,
         )
     for path in files:
@@ -163,20 +163,21 @@ def ask(address: str, path: str, timeout: float = JOBS_TIMEOUT_S) -> Any:
         if error.code in (401, 403):
             raise ConfigError(_token_problem(address, key)) from None
         raise Unreachable(
-            f"{address} answers, but not as a Ray head does: {error.code} {error.reason}"
+            f"{address} responds, but not as a Ray head: {error.code} {error.reason}"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise Unreachable(
-            f"no Ray head answers at {address} within {timeout:g} s ({reason}); is it up, and does the tunnel stand?"
+            f"no Ray head answers at {address} within {timeout:g} s ({reason}); check that it is up and that the "
+            "tunnel is open"
         ) from None
 
 
 def _token_problem(address: str, key: str | None) -> str:
     where = "copy the head's ~/.ray/auth_token here (mode 600), or set RAY_AUTH_TOKEN_PATH"
     if key is None:
-        return f"{address} wants a token, and there is none here; {where}"
-    return f"{address} refuses the token that is here: it is another cluster's; {where}"
+        return f"{address} requires a token, and there is none here; {where}"
+    return f"{address} rejects the token that is here: it is another cluster's; {where}"
 
 
 def check_ray_version(address: str) -> None:
@@ -222,6 +223,6 @@ def check_submitted_from() -> None:
         differ = ", ".join(f"{name} {there.get(name)} there and {here[name]} here" for name in here
                            if there.get(name) != here[name])  # fmt: skip
         raise ConfigError(
-            f"this job was submitted from a machine with other versions than the cluster ({differ}): it would not get "
-            f"the numbers of a run there; make them equal, or submit with {SUBMITTED_FROM}=any set"
+            f"this job was submitted from a machine with other versions than the cluster ({differ}), so its results "
+            f"would differ from those of a run there; make the versions equal, or submit with {SUBMITTED_FROM}=any set"
         )

@@ -33,7 +33,7 @@ def volume_problems(file: ClusterFile, field: str) -> Sentences:
         if not kinds & {"persistentVolumeClaim", "nfs", "csi"}:
             what = f"only {', '.join(sorted(kinds))}" if kinds else "no volume"
             yield (
-                f"{place}.template.spec: {field} is {file.storage}, and {what} is mounted there; mount a claim of "
+                f"{place}.template.spec: {field} is {file.storage}, but {what} is mounted there; mount a claim of "
                 "ReadWriteMany (persistentVolumeClaim) or nfs"
             )
 
@@ -104,9 +104,12 @@ def kuberay_problems(file: ClusterFile) -> Sentences:
         "mode", "token" if "authOptions" in file.cluster else None
     )
     if mode != "token":
-        yield f"{at}.authOptions.mode: must be token, got {mode!r}; without it, whoever reaches a pod runs code on it"
+        yield (
+            f"{at}.authOptions.mode: must be token, got {mode!r}; without it, anyone who can reach a pod can run code "
+            "on it"
+        )
     if re.search(r"name:\s*[\"']?RAY_AUTH_TOKEN[\"']?\s*,\s*value:", file.text):
-        yield "RAY_AUTH_TOKEN: a token does not belong in a file; authOptions makes a secret of it"
+        yield "RAY_AUTH_TOKEN: a token does not belong in a file; authOptions creates a secret for it"
     yield from _kuberay_ports(file, *groups[0])
     yield from _image_problems(file, groups)
     resources = below(groups[0][1], "rayStartParams").get("resources", "")
@@ -130,7 +133,7 @@ def _image_problems(file: ClusterFile, groups: list[tuple[str, Tree]]) -> Senten
     for place, image in images.items():
         where = f"{place}.template.spec.containers.0.image"
         if ":" not in image.rpartition("/")[2] or re.search(r":(latest|nightly)", image):
-            yield f"{where}: {image!r} changes under you; name a release"
+            yield f"{where}: {image!r} changes over time; name a release"
         elif image != images[groups[0][0]]:
             yield f"{where}: {image!r}, and the head has {images[groups[0][0]]!r}; use the same on all pods"
         elif (named := versions_in([image])["ray"]) and version is not None and named != {version}:
@@ -172,4 +175,7 @@ def _kuberay_ports(file: ClusterFile, place: str, head: Tree) -> Sentences:
     )
     if host not in LOOPBACK and not guarded:
         said = "KubeRay's default, 0.0.0.0," if host is None else host
-        yield f"{place}.rayStartParams.dashboard-host: {said} lets every pod reach the dashboard; use 127.0.0.1, or add a NetworkPolicy for the head's pod"  # noqa: E501
+        yield (
+            f"{place}.rayStartParams.dashboard-host: {said} lets every pod reach the dashboard; use 127.0.0.1, or add "
+            "a NetworkPolicy for the head's pod"
+        )

@@ -53,13 +53,13 @@ def mount_problems(file: ClusterFile, field: str) -> Sentences:
     if not mounted:
         there = ", ".join(targets) or "nothing"
         yield (
-            f"{field}: {file.storage} is on no file system that the commands for all nodes mount (they mount {there}); "
-            "mount one there in initialization_commands"
+            f"{field}: {file.storage} is not on a file system that the commands for all nodes mount (they mount "
+            f"{there}); mount one there in initialization_commands"
         )
     elif file.tree.get("docker"):
         given = " ".join(map(str, file.tree["docker"].get("run_options") or []))
         if not any(f"-v {t}:{t}" in given or f"--volume {t}:{t}" in given for t in mounted):
-            yield f"docker.run_options: {mounted[0]} is not seen in the container; add: -v {mounted[0]}:{mounted[0]}"
+            yield f"docker.run_options: {mounted[0]} is not visible in the container; add: -v {mounted[0]}:{mounted[0]}"
 
 
 # --- Ray's own files ------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _other_types(tree: Tree) -> Sentences:
 
 def _local_problems(tree: Tree) -> Sentences:
     if "coordinator_address" in tree["provider"]:
-        yield "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"
+        yield "provider.coordinator_address: tfkd does not support coordinators; name head_ip and worker_ips"
     else:
         for key in ("head_ip", "worker_ips"):
             if key not in tree["provider"]:
@@ -181,7 +181,7 @@ def _node_problems(file: ClusterFile) -> Sentences:
     if hosts and len(set(hosts)) < len(hosts):
         yield f"provider.worker_ips: an address is given twice, in {hosts}"
     if file.tree["provider"].get("head_ip") in hosts:
-        yield f"provider.worker_ips: the head, {file.tree['provider']['head_ip']}, is a node already; leave it out"
+        yield f"provider.worker_ips: the head, {file.tree['provider']['head_ip']}, is already a node; leave it out"
     if hosts and not re.search(r"RAY_enable_autoscaler_v2=[\"']?(0|false)", file.head):
         yield (
             "head_start_ray_commands: with the autoscaler that is Ray's default, one of worker_ips never starts; "
@@ -215,15 +215,17 @@ def _start_lines(file: ClusterFile, field: str) -> Sentences:
     commands = [str(line) for line in file.tree.get(field) or []]
     lines = [line for line in commands if re.search(r"\bray start\b", line)]
     if not lines:
-        yield f"{field}: required, with a `ray start`; Ray's own starts without a token, and may open the dashboard"
+        yield (
+            f"{field}: required, with a `ray start`; Ray's default starts without a token, and may expose the dashboard"
+        )
     for line in lines:
         if not re.search(r"RAY_AUTH_MODE=[\"']?token\b", line.partition("ray start")[0]):
             yield f"{field}: no token; put before `ray start`, in the same line: export RAY_AUTH_MODE=token;"
         host = option(line, "dashboard-host")
         if host is not None and host not in LOOPBACK:
             yield (
-                f"{field}: --dashboard-host={host} lets others than this node run code on it; use 127.0.0.1, and "
-                f"reach it by: ray dashboard {file.path}"
+                f"{field}: --dashboard-host={host} lets other machines run code on this node; use 127.0.0.1, and reach "
+                f"the dashboard by: ray dashboard {file.path}"
             )
 
 
@@ -322,7 +324,7 @@ def _inexact(what: str, found: dict[str, set[str]]) -> Sentences:
 def _loose(text: str) -> Sentences:
     """Yield a problem if an image or a command does not say which version it means."""
     if tag := re.fullmatch(r"[\w./-]+(?::(latest|nightly)[\w.-]*)?", text.strip()):
-        yield f"docker: the image {text!r} is {tag[1] or 'without a tag'}: it changes by itself; name one"
+        yield f"docker: the image {text!r} is {tag[1] or 'without a tag'}, which changes over time; name a fixed one"
     pip = r"pip install[^;&|]*?\s['\"]?(ray(?:\[[^\]]*\])?|torch)['\"]?(\s|$)"
     if loose := re.search(pip, text):
         yield f"setup_commands: {loose[1]} without a version; pin it: {loose[1]}==VERSION"

@@ -29,7 +29,9 @@ def slurm_problems(file: ClusterFile) -> Iterator[str]:
     for what in ("ray", "torch"):
         if len(found[what]) != 1:
             got = " and ".join(sorted(found[what])) or "none"
-            yield f"{what}: name one exact version, and let the script look for it, as clusters/slurm.sh does; got {got}"  # noqa: E501
+            yield (
+                f"{what}: name one exact version, and let the script check it, as clusters/slurm.sh does; got {got}"
+            )
     host = option(text, "dashboard-host")
     if host is not None and host not in LOOPBACK:
         yield f"--dashboard-host: {host} lets others run code on the node; use 127.0.0.1"
@@ -50,4 +52,4 @@ def _symmetric_problems(text: str) -> Iterator[str]:
     if not re.search(r"\bsrun\b[^&|;]*--cpus-per-task", text):
         yield "srun --cpus-per-task: required, and not given; since Slurm 22.05 srun does not take it from sbatch, and Ray would run on one core"  # noqa: E501
     if "--min-nodes" not in text:
-        yield "--min-nodes: required, and not given; the sweep would begin before all nodes are there"
+        yield "--min-nodes: required, and not given; the sweep would begin before all nodes have joined"

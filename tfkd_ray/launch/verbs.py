@@ -220,7 +220,7 @@ def run(command: Command, *, what: str, quiet: bool = False, limit_s: float | No
     if late.is_set():
         message = f"{what} did not end within {limit_s:g} s:\n  {_shown(command)}"
     elif code:
-        above = "" if quiet else "; what it said is above"
+        above = "" if quiet else "; see its output above"
         message = f"{what} failed (exit code {code}){above}:\n  {_shown(command)}"
     else:
         return text
@@ -250,8 +250,8 @@ def _found(command: Command) -> Command:
     path = str(beside) if name == "ray" and beside.exists() else shutil.which(name)
     if path is None:
         raise ConfigError(
-            f"{name} is not installed, or not on PATH, and this cluster file needs it; install it, or see what "
-            "it would be asked: --print"
+            f"{name} is not installed, or not on PATH, and this cluster file needs it; install it, or print the "
+            "commands: --print"
         )
     return [path, *command[1:]]
 
@@ -292,8 +292,10 @@ def reached(file: ClusterFile) -> Iterator[str]:
                     said.seek(0)
                     text = said.read().decode(errors="replace").strip()
                     raise Unreachable(
-                        f"no tunnel to the head of {file.name} within {TUNNEL_S} s; is it up? tfkd cluster status "
-                        f"{file.path}\n  {_shown(command)}\n{text[-2000:]}"
+                        f"no tunnel to the head of {file.name} within {TUNNEL_S} s; check that it is up: tfkd cluster "
+                        f"status {file.path}\n"
+                        f"  {_shown(command)}\n"
+                        f"{text[-2000:]}"
                     )
                 time.sleep(0.2)
             check_ray_version(address)
@@ -322,7 +324,7 @@ def _head_pod(file: ClusterFile) -> str:
     )
     if not pods:
         raise Unreachable(
-            f"{file.name} has no head that runs: it has not begun yet, or has ended; "
+            f"{file.name} has no running head: it has not started yet, or has ended; "
             f"{_shown(kube(file, 'describe', f'rayjob/{file.name}'))} tells"
         )
     return pods[-1]
@@ -352,7 +354,7 @@ def _up(file: ClusterFile, args: Namespace) -> int:
     _check_credentials(file)
     if file.kind == "ray" and (left := placeholders(file)):
         raise ConfigError(
-            f"{', '.join(left)}: of the file as it ships, and nobody's; copy the file, and name your own there",
+            f"{', '.join(left)}: placeholders of the shipped file; copy the file, and name your own in it",
             file.path,
         )
     if file.provider == "local" and not file.here:
@@ -384,7 +386,7 @@ def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
                 or "'>' not supported between instances of 'NoneType' and 'int'" not in error.said
             ):
                 raise
-            say("(that is a mistake of Ray's, not of the cluster file; again)")
+            say("(a bug in Ray, not in the cluster file; trying again)")
 
 
 def _check_token_mounts(file: ClusterFile) -> None:
@@ -394,14 +396,14 @@ def _check_token_mounts(file: ClusterFile) -> None:
             path = expanded(str(here))
             if not path.is_file():
                 raise ConfigError(
-                    f"file_mounts: {here} is to be the nodes' token, and is not there; make it: "
-                    "ray get-auth-token --generate",
+                    f"file_mounts: {here} should be the nodes' token, but does not exist; create it: ray "
+                    "get-auth-token --generate",
                     file.path,
                 )
             if token_in(path) != token():
                 raise ConfigError(
-                    f"file_mounts: {here} is to be the nodes' token, and is not the one used here "
-                    f"({token_file()} or RAY_AUTH_TOKEN); make them one",
+                    f"file_mounts: {here} should be the nodes' token, but differs from the one used here "
+                    f"({token_file()} or RAY_AUTH_TOKEN); make them equal",
                     file.path,
                 )
             path.chmod(0o600)
@@ -415,12 +417,12 @@ def _check_key(file: ClusterFile) -> None:
     path = expanded(str(key))
     if not path.is_file():
         raise ConfigError(
-            f"auth.ssh_private_key: {key} is not there; name a key of yours, or make one: ssh-keygen -t ed25519",
+            f"auth.ssh_private_key: {key} does not exist; name a key of yours, or create one: ssh-keygen -t ed25519",
             file.path,
         )
     if path.stat().st_mode & 0o077:
         raise ConfigError(
-            f"auth.ssh_private_key: {key} may be read by others (mode {path.stat().st_mode & 0o777:o}), and ssh "
+            f"auth.ssh_private_key: {key} can be read by other users (mode {path.stat().st_mode & 0o777:o}), and ssh "
             f"refuses such a key; chmod 600 {key}",
             file.path,
         )
@@ -445,7 +447,7 @@ def _check_hosts(file: ClusterFile) -> None:
     refused = [host for host, error in found.items() if "Permission denied" in error.said]
     if refused and len(refused) == len(found):
         raise ConfigError(
-            f"auth: {', '.join(refused)} answers, and refuses this user or key; put the key into its "
+            f"auth: {', '.join(refused)} responds, but rejects this user or key; add the key to its "
             "~/.ssh/authorized_keys, or name others in auth.ssh_user and auth.ssh_private_key",
             file.path,
         )
@@ -455,8 +457,9 @@ def _check_hosts(file: ClusterFile) -> None:
             for h, error in found.items()
         ]
         raise StepFailed(
-            f"{file.path}: no answer by ssh within {SSH_S} s from {', '.join(found)}, so nothing was started; are they "
-            "up, and do provider.head_ip and worker_ips name them?\n" + "\n".join(lines)
+            f"{file.path}: no answer by ssh within {SSH_S} s from {', '.join(found)}, so nothing was started; check "
+            "that they are up and that provider.head_ip and worker_ips name them\n"
+            + "\n".join(lines)
         )
 
 
@@ -554,13 +557,13 @@ def _down(file: ClusterFile, args: Namespace) -> int:
         _step(command, what="down", limit_s=DOWN_S)
     left, until = _nodes_up(file, clusters), time.monotonic() + LEFT_S
     while left and time.monotonic() < until:
-        say(f"{file.name}: {len(left)} still there, ending")
+        say(f"{file.name}: {len(left)} still ending")
         time.sleep(5)
         left = _nodes_up(file, clusters)
     if left:
         listed = "\n  ".join(left)
         raise StepFailed(
-            f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}"
+            f"{LEFT_S} s later these still exist, and may cost money; end them by hand:\n  {listed}"
         )
     for command in tidy_commands(file):
         _step(command, what="down", limit_s=DOWN_S)
@@ -682,19 +685,19 @@ def run_job(
         say(
             "no longer followed; the job continues"
             if sent
-            else "interrupted while it was sent: it may run, or not"
+            else "interrupted while it was sent: it may or may not run"
         )
         return INTERRUPTED
     until = time.monotonic() + JOB_END_S
     while (state := _state_of(address, job)) and state["status"] in ("PENDING", "RUNNING"):
         if time.monotonic() > until:
             raise StepFailed(
-                f"job {job} runs, and is not followed any more; follow it again:\n  {follow}"
+                f"job {job} runs but is no longer followed; follow it again:\n  {follow}"
             )
         time.sleep(0.5)
     if state is None or state["status"] != "SUCCEEDED":
         told = (
-            "is not known there any more"
+            "is no longer known there"
             if state is None
             else f"{state['status'].lower()}: {state.get('message')}"
         )
@@ -714,11 +717,11 @@ def _submit_job(command: Command, address: str, job: str) -> None:
             there = _state_of(address, job) is not None
         except Unreachable as gone:
             raise StepFailed(
-                f"the head at {address} went away while it was sent job {job}, so whether the job runs is not known; "
-                f"when the head is back, `ray job list --address {address}` tells ({gone})"
+                f"the head at {address} disappeared while job {job} was sent, so it is unknown whether the job runs; "
+                f"when the head is back, `ray job list --address {address}` shows it ({gone})"
             ) from None
         if not there:
-            raise StepFailed(f"the job did not begin; what Ray said is above: {error}") from None
+            raise StepFailed(f"the job did not start; see Ray's output above: {error}") from None
 
 
 def _state_of(address: str, job: str) -> dict[str, Any] | None:
@@ -795,8 +798,8 @@ def _without_secrets(words: list[str]) -> list[str]:
             here is not None and masked(here) != here and masked(here) in word
         ):
             raise ConfigError(
-                "--study-storage (search.storage): a job's command is shown on the dashboard, its password too; set "
-                f"{ENVIRONMENT} on the cluster instead, and not here, and write *** for the password"
+                "--study-storage (search.storage): the dashboard shows a job's command, including a password; instead "
+                f"set {ENVIRONMENT} on the cluster, not here, and write *** for the password"
             )
     return words
 
@@ -806,7 +809,7 @@ def check_places(places: Sequence[Path | str], what: str) -> None:
     for place in places:
         if isinstance(place, Path) and not place.is_absolute():
             raise ConfigError(
-                f"an absolute path that the cluster sees, or a URL, got {place}", what
+                f"an absolute path that the cluster can reach, or a URL, got {place}", what
             )
 
 

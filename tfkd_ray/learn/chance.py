@@ -49,7 +49,7 @@ def chance_note(data: Dataset, accuracy: float | None) -> str | None:
     if accuracy > highest:
         return None
     return (
-        f"val_accuracy {accuracy:.4f} is no better than guessing, which is right on {usual:.1%} of the {n} "
-        "validation images: nothing was learned. Train for more epochs, with another optim.lr or a smaller "
+        f"val_accuracy {accuracy:.4f} is no better than guessing, which classifies {usual:.1%} of the {n} validation "
+        "images correctly: nothing was learned. Train for more epochs, with another optim.lr or a smaller "
         "optim.batch_size, or look at the images and their labels"
     )

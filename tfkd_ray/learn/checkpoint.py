@@ -82,7 +82,7 @@ def load_state(directory: Path, say: Say | None = None) -> State | None:
             check_torch()
             state: State = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
             return state
-        damage = f"{path}: damaged (its checksum does not fit); going on without it"
+        damage = f"{path}: damaged (its checksum does not match); skipped"
         if say is not None:
             say(damage)
         else:
@@ -145,7 +145,7 @@ def load_weights(
     What follows the tensors, or is far more than the `network` has, is refused before it is read.
     """
     damaged = (
-        f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder and it is made again"
+        f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder, and it is made again"
     )
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size

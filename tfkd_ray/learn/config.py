@@ -68,10 +68,11 @@ RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 LAST_STEPS = {
-    "softmax": "gives probabilities (numbers from 0 to 1 that sum to 1), not logits: it seems to end in softmax, which "
-    "training applies itself; twice, it learns slowly and badly. Take the softmax out of its forward",
-    "sigmoid": "gives numbers from 0 to 1, not logits: it seems to end in sigmoid, under which no class can get a "
-    "probability near 1; it learns slowly and badly. Take the sigmoid out of its forward",
+    "softmax": "returns probabilities (numbers from 0 to 1 that sum to 1), not logits. It seems to end in softmax, "
+    "which training applies itself; applied twice, it makes training slow and inaccurate. Remove the softmax from "
+    "its forward",
+    "sigmoid": "returns numbers from 0 to 1, not logits. It seems to end in sigmoid, so no class can get a probability "
+    "near 1, and training is slow and inaccurate. Remove the sigmoid from its forward",
 }
 """Notes on networks that end in what a loss applies itself."""
 
@@ -153,12 +154,12 @@ class InitialWeights(Settings):
     """
 
     weights: Annotated[str, AfterValidator(_absolute_beginning)]
-    """A file (safetensors or a torch state_dict), at the same path on every machine;
-    `torchvision`, or `torchvision:NAME` for one of its sets of ImageNet weights; or `timm`, for a
-    network of timm: its default weights of that name. Those of torchvision and timm are downloaded
-    when a run begins. If they are for other classes, or have no head, the student's head is new. A
-    fingerprint holds the name: give a changed file another one. We cannot know what they were
-    trained on."""
+    """A file (safetensors or a torch state_dict), at the same path on every machine; `torchvision`,
+    or `torchvision:NAME` for one of its sets of ImageNet weights; or `timm`, for a network of timm:
+    its default weights of that name. Those of torchvision and timm are downloaded when a run
+    begins. If they are for other classes, or have no head, the student gets a new head. The
+    fingerprint of a run contains the name, not the content: rename a changed file. It is unknown
+    what they were trained on."""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate for each block between a parameter and the head, which has the
     full rate; 0.75 gives the third block from the end 0.56 of it. See `initial.depths` for what a
@@ -233,27 +234,27 @@ class TeacherConfig(Settings):
     """Stop after the first epoch with at least this accuracy on validation."""
     weights: Annotated[str, AfterValidator(_absolute_weights)] | None = None
     """External weights to load instead of training: a file (safetensors or a torch state_dict),
-    `torchvision`, or `torchvision:NAME` for one of its sets of ImageNet weights. We cannot know
-    what they were trained on."""
+    `torchvision`, or `torchvision:NAME` for one of its sets of ImageNet weights. It is unknown what
+    they were trained on."""
     input: TeacherInput | None = None
     """Preprocessing that `weights` were trained with. None: that of torchvision's weights or of
-    timm's network; for any other file, that of the data set."""
+    timm's network; for other files, that of the data set."""
     labels: Literal["auto", "bank", "online", "top50"] = "auto"
     """bank: computes the teacher's logits once per view of the images, caches them on the node and
     shares them between all trials with that view, in half precision (float32 if they reach 128).
     online: computes them in every step. auto: bank, except for tiny teachers; online if a view
     takes more than 1 GiB. top50: a bank of the 50 largest logits and the mean and variance of the
-    others, 208 bytes an image, for `kd` and `tfkd_self`. A run that would lose more than 1 % of its
-    soft part is refused: which of the others are likelier is lost, and counts more the higher T
-    is."""
+    others, 208 bytes an image, for `kd` and `tfkd_self`. It does not keep which of the others are
+    likelier, which matters more the higher T is. A run that would lose more than 1 % of its soft
+    part is refused."""
 
 
 class SharingTeacher(TeacherConfig):
     """One of several teachers: the student learns from the mean of their softened probabilities."""
 
     share: Positive = 1.0
-    """Weight of its probabilities in the mean; the shares of all teachers are divided by their
-    sum. It may be searched by a range, as no teacher depends on it."""
+    """Weight of its probabilities in the mean; the shares of all teachers are divided by their sum.
+    It may be searched by a range, because no teacher depends on it."""
 
 
 def _input_problems(teacher: TeacherConfig, channels: int, where: str) -> Iterator[str]:
@@ -261,8 +262,8 @@ def _input_problems(teacher: TeacherConfig, channels: int, where: str) -> Iterat
         return
     if teacher.weights is None:
         yield (
-            f"{where}.input: is for {where}.weights; a teacher that is trained here sees images as the student "
-            "does; leave it out"
+            f"{where}.input: is for {where}.weights; a teacher that is trained here gets the same images as the "
+            "student; leave it out"
         )
         return
     for name, values in (("mean", teacher.input.mean), ("std", teacher.input.std)):
@@ -301,7 +302,7 @@ class TrainConfig(Settings):
     objective: Objective
     teacher: TeacherConfig | None = None
     """The teacher of `kd` and the other distillation objectives. `tfkd_self` has a default: the
-    student's network under the recipe. The name of a network is short for `{model: NAME}`, a list
+    student's network under the recipe. The name of a network stands for `{model: NAME}`, and a list
     for `teachers`."""
     teachers: dict[str, SharingTeacher] = {}
     """Two or more teachers by number, from 1; written as a list, `teacher: [{...}, {...}]`. Each is
@@ -311,19 +312,19 @@ class TrainConfig(Settings):
     )
     """trained: starts from the weights of a trained copy of the student. With `ce`, that is
     training twice: the control for the time that `tfkd_self` spends on its teacher. Settings, such
-    as `{weights: FILE}`: starts from weights from elsewhere; so does the teacher of `tfkd_self`."""
+    as `{weights: FILE}`: starts from external weights; so does the teacher of `tfkd_self`."""
     freeze: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)
     ] = ()
-    """Parts of the student that do not learn, by their names in the network, with all that is in
-    them; `*` and `?` are wildcards. Their BatchNorm keeps its statistics; dropout goes on. The
-    teacher of `tfkd_self` has the same frozen parts, unless `init` is `trained`."""
+    """Parts of the student that are not trained, by their names in the network, with everything
+    inside them; `*` and `?` are wildcards. Their BatchNorm keeps its statistics; dropout stays
+    active. The teacher of `tfkd_self` has the same frozen parts, unless `init` is `trained`."""
     epochs: Count = 27
     optim: Optim = OptimConfig()
     """Optimizer, and the batch of an update; settings without a name are those of `sgd`."""
     schedule: AnySchedule = Cosine()
     ema: Ema | None = None
-    """Exponential moving average of the weights, which then is the student. None: off."""
+    """Exponential moving average of the weights; the average is then the student. None: off."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initialisation, data order, augmentation and dropout, all of them pure functions of
     it."""
@@ -478,7 +479,7 @@ class TrainConfig(Settings):
             )
         if own := sorted(set(RAYS_OWN) & set(self.resources)):
             yield (
-                f"resources.{own[0]}: is Ray's own; custom ones only (cpus_per_worker, gpus_per_worker)"
+                f"resources.{own[0]}: is reserved by Ray; use custom resources only (cpus_per_worker, gpus_per_worker)"
             )
         if workers > 1 and 0 < gpus < 1:
             yield f"gpus_per_worker: {workers} workers need whole GPUs, got {gpus:g}"
@@ -530,8 +531,8 @@ class TrainConfig(Settings):
             return
         if self.compile == "on":
             yield (
-                f"compile: objective {called} asks for the outputs of layers, which are caught as the student runs, "
-                "and a compiled student has none; set compile: off"
+                f"compile: objective {called} needs the outputs of layers, which a compiled student does not provide; "
+                "set compile: off"
             )
         if self.loop is not None:
             yield (
@@ -569,7 +570,7 @@ class TrainConfig(Settings):
                 )
             return
         if not self.objective.learns_without_labels:
-            why = "learns from no teacher, and images without labels have no other target"
+            why = "has no teacher, and images without labels have no other target"
             if self.objective.needs_teacher:
                 why = "has no form for images without labels"
             yield (
@@ -593,8 +594,8 @@ class TrainConfig(Settings):
         size = self.optim.batch_size
         if round(data.unlabelled_ratio * size) < 1:
             yield (
-                f"data.unlabelled_ratio: beside {size} labelled images it is none, got {data.unlabelled_ratio:g}; "
-                "raise it, or leave data.unlabelled out"
+                f"data.unlabelled_ratio: with {size} labelled images a step it rounds to none, got "
+                f"{data.unlabelled_ratio:g}; raise it, or leave data.unlabelled out"
             )
         if self.compile == "on" and self.optim.accumulate > 1:
             yield (
@@ -631,8 +632,8 @@ class TrainConfig(Settings):
             yield f"{where}.stop_epoch: must be at most {where}.epochs, {epochs}, got {teacher.stop_epoch}"
         if teacher.stop_accuracy is not None and not self.data.val_fraction:
             yield (
-                f"{where}.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch, "
-                "or confirm --train-only"
+                f"{where}.stop_accuracy: needs a validation split, and data.val_fraction is 0; use stop_epoch, or "
+                "confirm --train-only"
             )
 
     def _top_problems(self, teacher: TeacherConfig, where: str) -> Iterator[str]:
@@ -642,8 +643,8 @@ class TrainConfig(Settings):
         classes = self.data.num_classes
         if not isinstance(self.objective, KnowledgeDistillation):
             yield (
-                f"{where}.labels: top50 is for kd and tfkd_self, and objective {self.objective.called} may need each "
-                "logit; use bank or online"
+                f"{where}.labels: top50 is for kd and tfkd_self, and objective {self.objective.called} may need all "
+                "logits; use bank or online"
             )
         if not KEPT < classes <= MOST_CLASSES:
             yield (
@@ -651,7 +652,7 @@ class TrainConfig(Settings):
                 f"{classes}; use bank or online"
             )
         if self.loop is not None:
-            yield f"{where}.labels: a loop of your own asks the teacher itself, got top50; leave it out"
+            yield f"{where}.labels: a loop of your own calls the teacher itself, got top50; leave it out"
 
     def _several_problems(self) -> list[str]:
         """Return a sentence for each setting that does not go with several teachers."""
@@ -845,10 +846,9 @@ class TrainConfig(Settings):
         pairs = zip(mean, std, known[0], known[1], strict=True)
         if any(abs(m - a) > 0.1 * b or abs(s - b) > 0.1 * b for m, s, a, b in pairs):
             yield (
-                f"init.weights: {self.initial_weights}: were trained on images normalised by mean "
-                f"{_listed(known[0])} and std {_listed(known[1])}, and the data here by {_listed(mean)} and "
-                f"{_listed(std)}; where parts are frozen, give the data theirs, if it has these settings (data.mean, "
-                "data.std)"
+                f"init.weights: {self.initial_weights}: were trained on images with mean {_listed(known[0])} and std "
+                f"{_listed(known[1])}, and the data here has {_listed(mean)} and {_listed(std)}; if parts are frozen, "
+                "set data.mean and data.std to those of the weights, where the data has these settings"
             )
 
     def begin(self, student: nn.Module, *, load: bool = True, download: bool = True) -> list[str]:
@@ -1161,17 +1161,17 @@ def _notes_of_chance(what: str, left_open: str | None) -> list[str]:
     """Return a note on a network of one's own that differs each time it is built; see
     `what_a_seed_leaves_open`."""
     way = (
-        "seed its own generators, draw from the global ones of torch, numpy or Python, which the run's seed sets, and "
-        "leave no weight as torch.empty made it"
+        "seed its own generators, or draw from the global ones of torch, numpy or Python, which the run's seed sets; "
+        "and initialise every weight (torch.empty does not)"
     )
     if left_open == "logits":
         raise ConfigError(
-            f"model {what}: built again with the same weights it gives other logits, so that what is loaded is not "
-            f"what was trained; {way}"
+            f"model {what}: rebuilt with the same weights it gives other logits, so a loaded network would differ from "
+            f"the trained one; {way}"
         )
     if left_open == "weights":
         return [
-            f"model {what}: begins with other weights each time it is built, so that the same configuration gives "
-            f"other numbers each time; {way}"
+            f"model {what}: starts with other weights each time it is built, so the same configuration gives other "
+            f"results each time; {way}"
         ]
     return []

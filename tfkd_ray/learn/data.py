@@ -186,7 +186,8 @@ class OwnData(Dataset):
         if digest_of(self._whole("train")) != found.digest:
             problem = "returns other images or labels at each call"
             raise self._returned(
-                "train", f"{problem}; seed what is random in it, so that all trials see the same"
+                "train",
+                f"{problem}; seed what is random in it, so that all trials get the same data",
             )
 
     def _returned(self, split: Split, problem: str) -> ConfigError:

@@ -198,7 +198,7 @@ class Dataset(Settings):
 
     name: str
     origin: ClassVar[str]
-    """Instructions to get the data; they end the error sentence for missing data."""
+    """Instructions to get the data; they end the error message for missing data."""
     streams: ClassVar[bool] = False
     """True if images stay on disk and are decoded when needed."""
     brightest: ClassVar[int] = 255
@@ -269,8 +269,8 @@ class Dataset(Settings):
         found = load_unlabelled(self)
         if self.unlabelled_digest is not None and found.digest != self.unlabelled_digest:
             raise ConfigError(
-                f"data.unlabelled: the images at {self.unlabelled} are others than those that were recorded (digest "
-                f"{found.digest}, not {self.unlabelled_digest}); put those back, or begin a new experiment"
+                f"data.unlabelled: the images at {self.unlabelled} differ from the recorded ones (digest "
+                f"{found.digest}, not {self.unlabelled_digest}); restore them, or begin a new experiment"
             )
         return found.images
 
@@ -335,8 +335,8 @@ class Dataset(Settings):
     def _other_data(self, found: OfficialSets) -> str:
         """Return the sentence for data whose digest is not the recorded one."""
         return (
-            f"the train images or labels here are others than those that were recorded (digest {found.digest}, not "
-            f"{self.digest}); put those back, or begin a new experiment, whose teachers are trained anew"
+            f"the train images or labels here differ from the recorded ones (digest {found.digest}, not "
+            f"{self.digest}); restore them, or begin a new experiment, which trains its teachers again"
         )
 
     def notes(self) -> Sentences:
@@ -357,7 +357,7 @@ class Dataset(Settings):
     def read_files(self, paths: Sequence[Path]) -> Tensor:
         """Return image files as validation has its images, uint8 [B, C, H, W]."""
         raise ConfigError(
-            f"data {self.name}: its images come from no image files, so that nothing says how to read one; give the "
+            f"data {self.name}: its images do not come from image files, so there is no rule to read one; give the "
             "student images [B, C, H, W] of the same kind, normalised with `data.statistics()`"
         )
 
@@ -502,7 +502,7 @@ class FileDataset(Dataset):
 
     name: str
     root: AbsolutePath
-    """Folder of the files. Location only: it affects no number."""
+    """Folder of the files. Location only: it does not affect results."""
 
     @property
     def _root(self) -> Path:
@@ -542,8 +542,8 @@ class FileDataset(Dataset):
                     file.write(piece)
                 if digest.hexdigest() != checksum:
                     problem = (
-                        f"{url} has the {kind} {digest.hexdigest()}, and the official file's is {checksum}; "
-                        "it is not kept"
+                        f"{url} has the {kind} {digest.hexdigest()}, and the official file's is {checksum}; the "
+                        "download was discarded"
                     )
                     raise ConfigError(f"data {self.name}: {problem}; try again, or {self.origin}")
         except (OSError, http.client.HTTPException) as error:
@@ -556,7 +556,7 @@ class FileDataset(Dataset):
         if (root / folder).exists():
             raise self._wrong(
                 root / folder,
-                "is there, but not complete; take it away, and it is downloaded again",
+                "is incomplete; remove it, and it is downloaded again",
             )
         archive = root / f"{folder}.zip"
         self._fetch(url, md5, archive)
@@ -681,8 +681,8 @@ def notes_on(data: Dataset) -> Sentences:
     found = count_in(images, val)
     if found:
         yield (
-            f"data.unlabelled: {found} of its {len(images)} images are validation images, byte for byte, which "
-            "students then see in training, without labels; take them out, or say so with the results"
+            f"data.unlabelled: {found} of its {len(images)} images are identical to validation images, so students "
+            "train on them without labels; remove them, or say so with the results"
         )
 
 

@@ -80,8 +80,8 @@ def _problem_of(passes: Sequence[tuple[Any, int | None]], count: int) -> str | N
         )
     if output._version != version:
         return (
-            "is overwritten in place by the layer after it (as by ReLU(inplace=True)), so that its output is lost; "
-            "name that layer instead, or the block around both"
+            "is overwritten in place by the next layer (as by ReLU(inplace=True)), so its output is lost; name the "
+            "next layer instead, or the block around both"
         )
     return None
 

@@ -37,7 +37,7 @@ def why_no_gpu() -> str:
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split())
         return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: {_advice(said)}"
-    return "the driver lists no device; see nvidia-smi there"
+    return "the driver lists no device; run nvidia-smi on that node"
 
 
 def _advice(said: str) -> str:

@@ -244,16 +244,16 @@ class FolderDataset(FileDataset):
     std: tuple[Spread, Spread, Spread] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
     """Standard deviation in the same units."""
     readers: Annotated[int, Field(ge=1, le=256)] = 4
-    """Threads or processes per worker that decode ahead of training. They affect no number."""
+    """Threads or processes per worker that decode ahead of training. They do not affect results."""
     decode_in: Literal["threads", "processes"] = "threads"
     """threads: share Python's lock with training, which limits a worker to some 2,000 images a
-    second, whatever `readers` is. processes: have none, and need as many `cpus_per_worker`. It
-    affects no number."""
+    second, whatever `readers` is. processes: do not share it, but need as many `cpus_per_worker`.
+    It does not affect results."""
     cache: Kind = "none"
     """raw, 256: keeps each image of more than 256 pixels (for an `image_size` of 224; else 8/7 of
-    it) brought to this short side, as pixels or as a JPEG, when it is first read. Crops are then cut
-    from the smaller image, which gives other numbers, and is blurred where a crop is small: raw is
-    3 times as fast, 256 1.4 times. The folder is ~/.cache/tfkd_ray/images on each node."""
+    it) resized to this short side, as pixels or as a JPEG, when it is first read. Crops are then
+    cut from the smaller image, which gives other numbers, and is blurred where a crop is small: raw
+    is 3 times as fast, 256 1.4 times. The folder is ~/.cache/tfkd_ray/images on each node."""
 
     @property
     def shape(self) -> ImageShape:
@@ -367,8 +367,8 @@ class FolderDataset(FileDataset):
         needed, free = count * kept_bytes(self.cache, files.short), free_bytes(small_images())
         if needed > free:
             yield (
-                f"data.cache: {self.cache} may need {needed / 1e9:.2g} GB in {small_images()}, and "
-                f"{free / 1e9:.2g} are free; images without room are brought to their size each time they are read"
+                f"data.cache: {self.cache} may need {needed / 1e9:.2g} GB in {small_images()}, and {free / 1e9:.2g} "
+                "are free; images that do not fit are resized each time they are read"
             )
 
 

@@ -388,7 +388,7 @@ def _unreadable(error: Exception) -> str:
         reason = error.strerror
     if isinstance(error, UnidentifiedImageError):  # its text names Python's file object
         reason = "no known format begins like it"
-    return f"cannot be read as an image: {reason}; replace it, or take it away"
+    return f"cannot be read as an image: {reason}; replace or remove it"
 
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -622,7 +622,8 @@ def _check_kept_values(image: ImageFile.ImageFile, file: BinaryIO) -> None:
     tags = getattr(image, "tag_v2", {})
     if image.mode == "L" and 2 in tags.get(339, ()):  # SampleFormat: Pillow takes -1 for 255
         raise _NotEightBits(
-            "its pixels are signed, -128 to 127, and nothing says which of them is black; write it from 0 to 255"
+            "its pixels are signed, -128 to 127, and it is unknown which value is black; write it with values from 0 "
+            "to 255"
         )
     tiles = image.tile
     wide = any(_has_16_bits(tile) for tile in tiles)
@@ -703,8 +704,8 @@ def _check_kind_of_pixels(image: Image.Image) -> None:
         return
     kind = "floating-point numbers" if image.mode == "F" else "whole numbers of 32 bits"
     raise _NotEightBits(
-        f"its pixels are {kind} (mode {image.mode}), and nothing says which of them is black and which white; "
-        "write it with 8 bits, or with 16 from 0 to 65535"
+        f"its pixels are {kind} (mode {image.mode}), and it is unknown which value is black and which is white; write "
+        "it with 8 bits, or with 16 bits from 0 to 65535"
     )
 
 

@@ -1060,8 +1060,8 @@ def _learn(
 def _check_learnable(logits: Tensor, config: TrainConfig) -> None:
     if not logits.requires_grad:
         raise ConfigError(
-            f"model {config.student.called}: its logits depend on no parameter that learns; is there a "
-            "no_grad or a detach in its forward?"
+            f"model {config.student.called}: its logits do not depend on any trainable parameter; look for a no_grad "
+            "or a detach in its forward"
         )
 
 
@@ -1227,7 +1227,7 @@ class _Saver:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             if self._say and not self._troubled:
                 self._say(
-                    f"no checkpoint: {error}; training goes on, and the next one is tried in "
+                    f"no checkpoint: {error}; training continues, and the next checkpoint is tried in "
                     f"{self._every_s:g} s"
                 )
             self._troubled = True
@@ -1261,7 +1261,7 @@ def exploded(metrics: dict[str, float], num_classes: int) -> str | None:
         if metrics.get(name, 0.0) > EXPLODED * guessing:
             return (
                 f"warning: training has exploded: {name} is {metrics[name]:.3g} nats an image at epoch "
-                f"{metrics['epoch']:.0f}, where guessing has {guessing:.2g}; a smaller optim.lr or "
+                f"{metrics['epoch']:.0f}; guessing would reach {guessing:.2g}; a smaller optim.lr or "
                 "objective.loss_scale may help"
             )
     return None
@@ -1357,8 +1357,8 @@ def _telling_of_compilers(model: nn.Module, config: TrainConfig) -> Callable[[Te
             lines = str(error.inner_exception).strip().splitlines()
             what = lines[0] if lines else type(error.inner_exception).__name__
             raise RuntimeError(
-                f"compile: torch cannot compile {config.student.name} here: {what}; if it is for want of g++ or "
-                "Python's headers, install them on every node; or set compile=off"
+                f"compile: torch cannot compile {config.student.name} here: {what}; if g++ or Python's headers are "
+                "missing, install them on every node, or set compile=off"
             ) from error
 
     return forward

@@ -870,7 +870,7 @@ def check_learns(what: str, network: nn.Module) -> None:
         frozen = sum(1 for _ in network.parameters())
         why = f"all {frozen} have requires_grad False" if frozen else "it has none"
         raise ConfigError(
-            f"model {what}: no parameter learns ({why}), so there is nothing to train; leave its head unfrozen at least"
+            f"model {what}: no parameter learns ({why}), so there is nothing to train; unfreeze at least its head"
         )
     _check_gradients_are_dense(what, network)
 

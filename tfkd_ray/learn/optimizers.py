@@ -425,8 +425,8 @@ class OwnOptimizer(Optimization):
         same = zip(network.parameters(), resumed.parameters(), strict=True)
         if not all(torch.equal(a, b) for a, b in same):
             raise ConfigError(
-                f"{where}: {self.called} goes on otherwise after load_state_dict than without; keep all that it needs "
-                "in self.state and in its groups"
+                f"{where}: {self.called} continues differently after load_state_dict; keep all that it needs in "
+                "self.state and in its groups"
             )
 
     def _part(self, groups: list[Group], where: str) -> RatedOptimizer:

@@ -66,7 +66,7 @@ def imported(path: str, what: str) -> Any:
             and error.name
             and f"{module_name}.".startswith(f"{error.name}.")
         ):
-            looked = f"looked in {own_code.here()['directory']} and wherever Python does"
+            looked = f"searched in {own_code.here()['directory']} and on Python's path"
             raise ConfigError(
                 f"{what}: {path}: there is no module {error.name!r} ({looked})"
             ) from None

@@ -440,7 +440,7 @@ class OwnLoss:
 
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             raise self.wrong(
-                f"{what} must be a scalar, the mean over the batch, got {_brief_of(value)}; is a .mean() missing?"
+                f"{what} must be a scalar, the mean over the batch, got {_brief_of(value)}; a .mean() may be missing"
             )
         return value
 
@@ -504,8 +504,8 @@ def tried(
         _asked(loss, total, first._replace(labels=mixed))
     if abs(_asked(loss, total, _twice(first)) - 2 * once) < 1e-4 * abs(once):
         return [
-            f"objective {loss.called}: a batch that is twice as long gives twice the loss: it seems to be a sum over "
-            "the images; training expects their mean"
+            f"objective {loss.called}: a batch of twice the size gives twice the loss. It seems to be a sum over the "
+            "images; training expects their mean"
         ]
     return []
 
@@ -561,7 +561,7 @@ def _asked(loss: OwnLoss, total: Total, batch: Batch) -> float:
             f"given {given} of ordinary size, it returns {value.item()}; look for log(0), 0/0 or an overflow"
         )
     if not value.requires_grad:
-        raise loss.wrong("it has no gradient; is there a detach, a no_grad or an argmax in it?")
+        raise loss.wrong("it has no gradient; look for a detach, a no_grad or an argmax in it")
     _check_gradients(loss, value, leaf, leaves)
     return float(value.detach())
 
@@ -591,7 +591,7 @@ def _check_gradients(
     wanted = [logits, *features.values(), *learning.values()]
     gradient, *others = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
     if gradient is None:
-        raise loss.wrong("it does not depend on the logits, so that nothing would be learnt")
+        raise loss.wrong("it does not depend on the logits, so nothing would be learned")
     if not gradient.isfinite().all():
         raise loss.wrong("its gradient by the logits is not finite; look for the root or log of 0")
     for name, found in zip(features, others, strict=False):
@@ -607,8 +607,8 @@ def _check_gradients(
     for name, found in zip(learning, others[len(features) :], strict=True):
         if found is None:
             raise loss.wrong(
-                f"its parameter {name} {list(learning[name].shape)} gets no gradient, so that nothing would train it; "
-                "use it in the loss, or leave it out"
+                f"its parameter {name} {list(learning[name].shape)} gets no gradient, so it would not be trained; use "
+                "it in the loss, or leave it out"
             )
     known = {id(tensor) for tensor in wanted}
     for tensor in _ends_of_graph(value):

@@ -160,6 +160,6 @@ def _cannot_keep(error: OSError) -> None:
         return
     _told_of.add(folder)
     to_stderr(
-        f"tfkd: images cannot be kept in {folder}: {error.strerror or error}; each is decoded anew, which gives the "
-        "same pixels and takes longer. Make room there, or set XDG_CACHE_HOME to another place"
+        f"tfkd: images cannot be kept in {folder}: {error.strerror or error}; each image is decoded again, which gives "
+        "the same pixels but takes longer. Free space there, or set XDG_CACHE_HOME to another place"
     )

@@ -237,8 +237,8 @@ class Bank:
         if self._folder not in _told:
             _told.add(self._folder)
             text = (
-                f"soft labels cannot be kept in {self._folder}: {why}; each trial asks the teacher itself, which gives "
-                "the same numbers and takes longer. Make room there, or set XDG_CACHE_HOME to another place"
+                f"soft labels cannot be kept in {self._folder}: {why}; each trial runs the teacher itself, which gives "
+                "the same numbers but takes longer. Free space there, or set XDG_CACHE_HOME to another place"
             )
             self.say(text) if self.say else warnings.warn(text, stacklevel=4)
 
@@ -348,7 +348,7 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
     if content not in _intact:
         if _checksum(logits) != checksum:
             warnings.warn(
-                f"{path}: damaged (its checksum does not fit); computed again", stacklevel=2
+                f"{path}: damaged (its checksum does not match); computed again", stacklevel=2
             )
             return None
         _intact.add(content)

@@ -116,8 +116,8 @@ def check_source(config: TeacherRun, storage: Path) -> None:
     about, source = describe(config, storage), _source_sha256(config)
     if source is not None and about.get("source_sha256") != source:
         raise ConfigError(
-            f"teacher.weights: {config.weights}: has changed since it became teacher {about['name']}; give the new "
-            f"file another name, or delete {teacher_folder(config, storage)}"
+            f"teacher.weights: {config.weights}: has changed since it was loaded as teacher {about['name']}; give the "
+            f"new file another name, or delete {teacher_folder(config, storage)}"
         )
 
 
@@ -229,21 +229,21 @@ def _doubt(config: TeacherRun, folder: Path, metrics: Numbers) -> str | None:
     renamed, answers = int(met.max(dim=1).values.sum()) / n, met.sum(dim=1)
     if renamed > max(0.5, 2 * accuracy, usual + 0.1):
         cause = (
-            f"its classes are in another order than those of the data: with its answers renamed it would be right on "
-            f"{renamed:.1%}. Put the rows of its last layer into the order of the data's classes"
+            "its classes are in another order than the data's: with its classes renamed, it would classify "
+            f"{renamed:.1%} correctly. Put the rows of its last layer into the order of the data's classes"
         )
     elif int(answers.max()) > 0.9 * n:
         cause = (
-            f"it gives {int(answers.max()) / n:.0%} of the images the class {int(answers.argmax())}: it is untrained, "
-            "it diverged, or its images were normalised otherwise when it was trained"
+            f"it assigns class {int(answers.argmax())} to {int(answers.max()) / n:.0%} of the images: it is untrained, "
+            "it diverged, or it was trained on images with another normalisation"
         )
     elif config.weights is not None:
-        cause = "its weights are of another task, or its images were normalised otherwise when it was trained"
+        cause = "its weights are for another task, or it was trained on images with another normalisation"
     else:
-        cause = "it was trained too briefly, or with too large an optim.lr (teacher.epochs, teacher.optim)"
+        cause = "it was trained for too few epochs (teacher.epochs) or with too large a learning rate (teacher.optim)"
     return (
-        f"WARNING: teacher {teacher_name(config)} is right on {accuracy:.1%} of validation, where guessing is on "
-        f"{usual:.1%}; students would learn from wrong answers. Likely cause: {cause}"
+        f"WARNING: teacher {teacher_name(config)} classifies {accuracy:.1%} of the validation split correctly; "
+        f"guessing would reach {usual:.1%}. Students would learn from wrong answers. Likely cause: {cause}"
     )
 
 
@@ -261,8 +261,8 @@ def _exchanged(name: str, met: torch.Tensor) -> str | None:
         return None
     shown = some_of([f"{k} is {int(meant[k])}" for k in moved.tolist()], MOST_SHOWN)
     return (
-        f"WARNING: teacher {name} has {len(moved)} classes in another order than those of the data ({shown}); "
-        "students would learn from wrong answers. Put the rows of its last layer into the order of the data's classes"
+        f"WARNING: teacher {name} has {len(moved)} classes in another order than the data ({shown}). Students would "
+        "learn from wrong answers. Put the rows of its last layer into the order of the data's classes"
     )
 
 
@@ -351,8 +351,8 @@ def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
     place = _teacher_place(config, storage)
     if not (place / "teacher.json").exists():
         raise FileNotFoundError(
-            f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it is trained before a "
-            "sweep starts, so either the folder was emptied since, or this node does not see the driver's storage"
+            f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it was trained before the sweep "
+            "started, so either the folder was emptied since, or this node does not reach the driver's storage"
         )
     about, data = describe(config, storage), config.data
     outside = about.get("input") if config.weights is not None else None

@@ -135,7 +135,7 @@ def _new_head(weights: str, layer: str | None, of_file: int | None, num_classes:
     named = "" if layer is None else f" ({layer})"
     has = "have no head" if of_file is None else f"are for {of_file} classes"
     return (
-        f"init.weights: {weights}: these weights {has}, and the data has {num_classes}; the student begins with a new "
+        f"init.weights: {weights}: these weights {has}, and the data has {num_classes}; the student gets a new "
         f"head{named}, drawn from its seed"
     )
 
@@ -196,7 +196,7 @@ def _read_weights(path: Path) -> dict[str, Weights]:
     try:
         opened(path).close()
     except FileNotFoundError:
-        raise ConfigError(f"no such file (looked from {Path.cwd()})") from None
+        raise ConfigError(f"no such file (searched from {Path.cwd()})") from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
     tree = _parsed(path)
@@ -323,7 +323,7 @@ def _parsed(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         if "TorchScript" in str(error):
             raise ConfigError(
-                "is a TorchScript archive, which is a program; nothing was run. Save the tensors alone: "
+                "is a TorchScript archive, which contains code; nothing was run. Save the tensors alone: "
                 "torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
             ) from None
         raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
@@ -486,7 +486,7 @@ def torchvision_source(
         raise ConfigError(f"torchvision has no {model.name}; name a file")
     if model.name == "googlenet":
         raise ConfigError(
-            "googlenet's expect images of another mean and spread than we give; take another network"
+            "googlenet's weights expect images with another mean and deviation than tfkd gives; choose another network"
         )
     if min(shape[1:]) <= SMALL_IMAGE or shape[0] != 3:
         raise ConfigError(
@@ -535,7 +535,7 @@ def _begin_as_timm(
         found = network.pretrained(shape, num_classes).state_dict()
     except Exception as error:  # of the network, of the file, or of timm
         raise ConfigError(
-            f"cannot be had ({_line(error)}); if this machine has no network, name a file"
+            f"cannot be loaded ({_line(error)}); if this machine has no network, name a file"
         ) from None
     wanted = student.state_dict()
     heads = tuple(f"{layer}." for layer in layers)

@@ -161,8 +161,8 @@ class Recorder(Listener):
         if before.get("seconds") != result.get("seconds"):
             self._go_on.pop(trial.trial_id, None)
             self._note(
-                f"{self._folder(trial).name}: its checkpoint of epoch {known}, where it paused, is gone or damaged; it "
-                f"trains again from epoch {epoch:.0f}"
+                f"{self._folder(trial).name}: its checkpoint of epoch {known}, where it paused, is missing or damaged; "
+                f"it trains again from epoch {epoch:.0f}"
             )
 
     def on_result(self, trial: Any, result: Tree) -> None:
@@ -319,12 +319,12 @@ class Losses(Listener):
     def reason(self, trial: Any) -> str:
         """Return why a lost trial has failed."""
         if trial.trial_id in self._hung:
-            return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung, and was ended"
+            return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung and was killed"
         epoch = self._epoch.get(trial.trial_id, 0) + 1
         if trial.trial_id in self._short:
             return (
                 f"its share of a GPU ({self._short[trial.trial_id]:g}) had too little memory in epoch {epoch}, and its "
-                "failures were spent, so that it got no larger one; raise gpus_per_worker"
+                "retries were used up, so it got no larger share; raise gpus_per_worker"
             )
         times = self._again.get(trial.trial_id, trial.max_failures) + 1
         return (
@@ -409,7 +409,7 @@ class Losses(Listener):
             if self._config is not None and room_for(self._config) < 1:
                 self._over = f"{why}; no other node has room for a trial"
             else:
-                self._note(f"{why}; it gets no more trials of this sweep")
+                self._note(f"{why}; the node gets no more trials of this sweep")
 
     def _check_disk(self, trial: Any) -> None:
         """Raise if the trial's next checkpoint could not be written."""
@@ -453,7 +453,7 @@ def over_budget(budgets: Mapping[str, float], spent: Mapping[str, float]) -> str
     for name, limit in budgets.items():
         if spent[name] >= limit:
             unit = {"time_budget_s": "s", "max_failed_trials": "failed trials"}.get(name, "h")
-            return f"search.{name}: {spent[name]:.4g} of {limit:.4g} {unit} are reached"
+            return f"search.{name}: limit reached ({spent[name]:.4g} of {limit:.4g} {unit})"
     return None
 
 
@@ -674,7 +674,7 @@ class Uploads(Listener):
         while not self._once() and self._taken_over is None:
             if time.monotonic() > until:
                 self._note(
-                    f"{self._url}: not all is uploaded: {self._trouble}; the rest is on this machine, in "
+                    f"{self._url}: the upload is incomplete: {self._trouble}; the rest is on this machine, in "
                     f"{self._experiment}; when the store answers, upload it from here: tfkd resume {self._url}"
                 )
                 return
@@ -704,7 +704,7 @@ class Uploads(Listener):
             self._trouble = self._store.trouble(error)
             return False
         if self._trouble is not None:
-            self._note(f"{self._url}: answers again; all is uploaded")
+            self._note(f"{self._url}: responds again; the upload is complete")
         self._trouble = None
         return True
 
@@ -747,8 +747,8 @@ class Lock(Listener):
                 raise
             why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"driver.lock cannot be locked ({why}), so another process may be running it; make sure that none is, "
-                "and remove driver.lock, or use an experiment, and a file system, that you may write to",
+                f"driver.lock cannot be locked ({why}), so another process may be running it; check that none is, then "
+                "remove driver.lock, or use an experiment and a file system with write permission",
                 self._experiment,
             ) from None
         try:

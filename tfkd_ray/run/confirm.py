@@ -135,7 +135,7 @@ def comparison_tuner(
     if compared.made_with != here:
         raise ConfigError(
             f"begun with torch {compared.made_with[0]} and loop version {compared.made_with[1]}, and here are "
-            f"{here[0]} and {here[1]}: its runs would not be pairs; begin a new comparison",
+            f"{here[0]} and {here[1]}: its runs could not be paired; begin a new comparison",
             directory,
         )
     runs = compared.runs_on_data
@@ -508,7 +508,7 @@ def _note_opening(
         if opened.get("digest", digest) != digest:
             raise ConfigError(
                 f"the test split of {compared.data.name} has changed since this comparison opened it on "
-                f"{opened['when'][:10]} (digest {digest}, then {opened['digest']}): put that one back, or begin a new "
+                f"{opened['when'][:10]} (digest {digest}, then {opened['digest']}): restore it, or begin a new "
                 "comparison",
                 directory,
             )
@@ -760,12 +760,15 @@ def _notes_of(directory: Path, compared: Comparison) -> Sentences:
             f"{len(compared.seeds)} of at most {compared.plan.limit} seeds; levels and intervals hold over all looks"
         )
     elif times > 1:
-        yield "this test split was opened again after more runs were trained: the verdict before may have been seen"
+        yield (
+            "this test split was opened again after more runs were trained, so the first verdict may have influenced "
+            "them"
+        )
     if before:
         often = "once" if len(before) == 1 else f"{len(before)} times"
         yield (
-            f"this test split was opened {often} before in this storage, first on "
-            f"{before[-1]['when'][:10]} by {before[-1]['experiment']}: what was chosen since may have been chosen by it"
+            f"this test split was opened {often} before in this storage, first on {before[-1]['when'][:10]} by "
+            f"{before[-1]['experiment']}: choices made since then may depend on it"
         )
     for arm in compared.arms.arms:
         made = {
@@ -776,7 +779,7 @@ def _notes_of(directory: Path, compared: Comparison) -> Sentences:
         }
         several = len(arm.config.teachers) if arm.config.needs_teacher else 0
         if any(t.weights for t in made.values()):
-            yield f"{arm.name}: its teacher is from elsewhere; training data unknown"
+            yield f"{arm.name}: its teacher has external weights; training data unknown"
         elif len(made) == 1:
             yield f"{arm.name}: conditional on one teacher, which all its seeds share"
         elif several and len(made) == several:
@@ -808,7 +811,7 @@ def outcome_table(result: Tree) -> list[str]:
     lines = [*wrapped(result["title"]), *wrapped(where)]
     if result["preset"]:
         lines.append(
-            f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published"
+            f"PRESET {result['preset']}: scaled down for a quick try; not comparable with published results"
         )
     printed = any(arm["published"] is not None for arm in result["arms"])
     lines += wrapped(result["note"]) if result["note"] else []

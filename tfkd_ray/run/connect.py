@@ -60,8 +60,8 @@ def check_ray() -> None:
                 missing.append(requirement.name)
     if missing:
         raise ConfigError(
-            f"Ray is installed without its 'default' extra ({', '.join(sorted(set(missing)))} missing): a "
-            "stopped trial can then block the sweep for ever; run: pip install 'ray[default,train,tune]'"
+            f"Ray is installed without its 'default' extra ({', '.join(sorted(set(missing)))} missing): without it, a "
+            "stopped trial can block the sweep for ever; run: pip install 'ray[default,train,tune]'"
         )
 
 
@@ -100,8 +100,8 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         except Exception as error:  # a bare one if a node does not start within 30 s
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Unreachable(
-                f"Ray did not start on this machine: {reason}; its logs are in "
-                f"{ray_temp_dir()}/session_latest/logs; where the machine is busy, try again"
+                f"Ray did not start on this machine: {reason}; its logs are in {ray_temp_dir()}/session_latest/logs; "
+                "if the machine was busy, try again"
             ) from None
         _started.append(ray.get_runtime_context().gcs_address)
         return True
@@ -335,9 +335,9 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError, UnicodeError) as error:  # the last: no name of a host
         raise Unreachable(
-            f"no Ray head answers at {address} within {CONNECT_TIMEOUT_S} s ({error}); is it up, "
-            "and is this machine one of its nodes? From elsewhere, submit a job: "
-            "--cluster FILE, or --address http://127.0.0.1:8265 and a tunnel"
+            f"no Ray head answers at {address} within {CONNECT_TIMEOUT_S} s ({error}); check that it is up and that "
+            "this machine is one of its nodes. From another machine, submit a job: --cluster FILE, or --address "
+            "http://127.0.0.1:8265 and a tunnel"
         ) from None
 
 
@@ -431,18 +431,18 @@ def _join_with_token_or_without(address: str) -> None:
         _set_token_mode(None)
     elif (ours := token()) is None:
         raise ConfigError(
-            f"cannot join the Ray cluster at {address}: it wants a token, and there is no token here ({token_file()}): "
-            "copy its own there, mode 600, or set RAY_AUTH_TOKEN"
+            f"cannot join the Ray cluster at {address}: it requires a token, and there is no token here "
+            f"({token_file()}): copy the cluster's token to that path, mode 600, or set RAY_AUTH_TOKEN"
         )
     elif given not in (None, "token"):
         raise ConfigError(
-            f"cannot join the Ray cluster at {address}: it wants its token, and RAY_AUTH_MODE={given} here says to "
-            "send none; unset RAY_AUTH_MODE"
+            f"cannot join the Ray cluster at {address}: it requires its token, and RAY_AUTH_MODE={given} here sends "
+            "none; unset RAY_AUTH_MODE"
         )
     elif not _lets_in(address, ours):
         raise ConfigError(
             f"cannot join the Ray cluster at {address}: it answers, so the token here ({token_file()}, or "
-            "RAY_AUTH_TOKEN) is not its own: copy its own, mode 600"
+            "RAY_AUTH_TOKEN) is another cluster's: copy the right one, mode 600"
         )
     else:
         _set_token_mode("token")
@@ -674,7 +674,7 @@ def starting() -> list[str]:
         return []
     state = _cluster_status().autoscaling_state
     found = [
-        f"{request.count} {request.ray_node_type_name} asked for"
+        f"{request.count} {request.ray_node_type_name} requested"
         for request in state.pending_instance_requests
     ]
     kinds = Counter(node.ray_node_type_name for node in state.pending_instances)

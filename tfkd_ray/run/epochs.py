@@ -42,7 +42,7 @@ def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
     for name, value in metrics.items():
         if not isinstance(value, int | float):
             raise TypeError(
-                f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, and no number"
+                f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, not a number"
             )
     missing = [name for name in assignment.metrics if name not in metrics]
     if missing:

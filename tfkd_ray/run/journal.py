@@ -136,7 +136,7 @@ class _Journal(BaseJournalBackend):  # type: ignore[misc]
             try:
                 size = os.fstat(file).st_size
                 if after not in (None, size):
-                    what = "was written to by another process, without its lock; resume the sweep"
+                    what = "another process wrote to it without its lock; resume the sweep"
                     raise OSError(errno.ESTALE, what, str(self._path))
                 append_whole(file, lines)
                 os.fsync(file)
@@ -190,9 +190,9 @@ class _Journal(BaseJournalBackend):  # type: ignore[misc]
             if not self._path.parent.is_dir():
                 raise FileNotFoundError(errno.ENOENT, "its directory is gone")
             save_journal(self.storage, saved)
-            kept = f"what the search knows is in {saved.name}, and resuming continues from there"
+            kept = f"the state of the search is in {saved.name}, and resume continues from there"
         except OSError as error:
-            kept = f"what the search knows could not be saved beside it ({error.strerror})"
+            kept = f"the state of the search could not be saved beside it ({error.strerror})"
         raise OSError(errno.ESTALE, f"was {what} while the sweep ran; {kept}", str(self._path))
 
     def _changed(self) -> str | None:

@@ -95,7 +95,7 @@ def visit(storage: Storage | None) -> list[Node]:
         ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_S) if tasks else ([], [])
     )
     for task in late:
-        tasks[task].silent = f"does not answer within {NODE_S} s; is its Ray alive?"
+        tasks[task].silent = f"does not answer within {NODE_S} s; check that its Ray runs"
         ray.cancel(task, force=True)
     for task in done:
         _fill(tasks[task], task, mark)
@@ -114,7 +114,7 @@ def _fill(node: Node, task: Any, mark: Mark | None) -> None:
         return
     node.versions, node.shm, node.storage = found["versions"], found["shm"], found["storage"]
     if mark is not None and node.storage is None and not mark.answered(found["node"]):
-        node.storage = "writes what is not seen from here"
+        node.storage = "writes files that this machine does not see"
 
 
 def _look(folder: str | None, word: str | None, node: str, mirror: Mirror | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]
                 "; ".join(d for d, _ in differences.most_common(5)) or "it has no full-length trial"
             )
             problems.append(
-                f"priors: of {len(full)} full-length trials of {experiment} none lies in this space: {why}"
+                f"priors: of {len(full)} full-length trials of {experiment} none lies within this space: {why}"
             )
     if problems:
         raise ConfigError(problems)

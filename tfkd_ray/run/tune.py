@@ -289,7 +289,7 @@ def resume_tuner(
         say = on_note or to_stderr
         if take_saved_journal(experiment / "study.journal"):
             say(
-                "study.journal was lost while the sweep ran: going on with what the search saved then"
+                "study.journal was lost while the sweep ran: continuing with what the search saved then"
             )
         _check_own_study(old, experiment / "study.journal")
         url = old.search.storage and whole_url(old.search.storage)
@@ -317,7 +317,7 @@ def resume_tuner(
         over = over_budget(new.search.budgets, spent)
         if over:
             raise ConfigError(
-                f"{over}; to resume, give a new one, which starts from zero", experiment
+                f"{over}; to resume, give a new budget, which counts from zero", experiment
             )
         prepare(new.example, storage, new.try_own_code(), begun=True)
         if new.search.study != old.search.study:
@@ -405,7 +405,7 @@ def _check_own_study(space: Space, journal: Path) -> None:
     if space.sampler.name == "cmaes" and journal.exists() and journal.stat().st_uid != os.getuid():
         message = (
             f"study.journal is another user's ({journal.stat().st_uid}), and cmaes keeps its state in it as a pickle, "
-            "which runs as code; if you trust whoever wrote it, copy the experiment, and resume the copy"
+            "which can run code; if you trust the user who wrote it, copy the experiment and resume the copy"
         )
         raise ConfigError(message, journal.parent)
 
@@ -415,11 +415,9 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
     for tree in searcher.recorded():
         was = build_space(tree, searcher.journal)
         missing, more = not_superset(was, space), not_superset(space, was)
-        how = "widened by hand; put back what it was, and resume with: tfkd resume --space FILE"
+        how = "widened by hand; restore it, and resume with: tfkd resume --space FILE"
         if missing:
-            how = (
-                "changed by hand, and no longer contains the existing trials; put back what it was"
-            )
+            how = "changed by hand, and no longer contains the existing trials; restore it"
         if missing or more:
             file = searcher.journal.with_name("experiment.yaml")
             raise ConfigError([f"its space was {how}", *(missing or more)], file)
@@ -462,8 +460,7 @@ def _check_some_inside(searcher: OptunaSearcher, space: Space, experiment: Path,
             experiment,
         )
     say(
-        f"{len(outside)} of {many} trials lie outside of the new space: they stay on record, and do not guide the "
-        "search"
+        f"{len(outside)} of {many} trials lie outside the new space: they are kept but do not guide the search"
     )
 
 
@@ -497,8 +494,8 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     late = [point for point in new.search.points if point not in old.search.points]
     if late:
         raise ConfigError(
-            f"search.points: {in_yaml(late[0])} is new, and first trials come first: those here have begun; "
-            "leave it out, or begin a new experiment: tfkd tune",
+            f"search.points: {in_yaml(late[0])} is new, but the first trials of this sweep have already begun; leave "
+            "it out, or begin a new experiment: tfkd tune",
             experiment,
         )
     finalists = _kept_finalists(old.search, new.search, experiment)
@@ -689,10 +686,12 @@ def _ray_config_problems(tune_config: tune.TuneConfig, run_config: tune.RunConfi
     for name in ("trial_name_creator", "trial_dirname_creator"):
         if getattr(tune_config, name) is not None:
             yield (
-                f"tune_config.{name}: trials have names by which all else here finds them; leave it out"
+                f"tune_config.{name}: tfkd finds trials by the names that it gives them; leave it out"
             )
     if tune_config.chdir_to_trial_dir != usual.chdir_to_trial_dir:
-        yield ("tune_config.chdir_to_trial_dir: Ray has given it up; set RAY_CHDIR_TO_TRIAL_DIR")
+        yield (
+            "tune_config.chdir_to_trial_dir: Ray no longer supports it; set RAY_CHDIR_TO_TRIAL_DIR"
+        )
     if (
         tune_config.metric is not None
         and getattr(tune_config.scheduler, "metric", None) is not None
@@ -704,8 +703,8 @@ def _ray_config_problems(tune_config: tune.TuneConfig, run_config: tune.RunConfi
         )
     if run_config.failure_config is not None and run_config.failure_config.fail_fast:
         yield (
-            "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials "
-            "to 1 in the space"
+            "run_config.failure_config.fail_fast: a failed trial does not raise here; set search.max_failed_trials: 1 "
+            "in the space"
         )
     if run_config.storage_filesystem != usual_run.storage_filesystem:
         yield (

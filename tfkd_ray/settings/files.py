@@ -127,7 +127,7 @@ def expanded(path: Path | str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         whose = Path(path).parts[0]
-        message = f"{path}: no home directory is known for {whose}; name the whole path"
+        message = f"{path}: the home directory is unknown for {whose}; name the whole path"
         raise ConfigError(message) from None
 
 
@@ -245,7 +245,7 @@ def opened(path: Path, *, follow: bool = True) -> io.BufferedReader:
     )
     if not stat.S_ISREG(os.fstat(handle).st_mode):  # replaced since `kind_of` looked
         os.close(handle)
-        raise OSError(errno.EINVAL, "is no file, and only regular files are read", str(path))
+        raise OSError(errno.EINVAL, "is not a file, and only regular files are read", str(path))
     return os.fdopen(handle, "rb")
 
 

@@ -51,7 +51,7 @@ def no_such_setting(path: Sequence[str], known: Iterable[str]) -> str:
     name, colon, value = word.partition(":")
     if colon and name in known:
         return (
-            f"{dotted(path)}: no such setting; YAML wants a blank after the colon: {name}: {value}"
+            f"{dotted(path)}: no such setting; YAML needs a blank after the colon: {name}: {value}"
         )
     sentence, near = f"{dotted(path)}: no such setting", near_to(word, known)
     other = OTHER_NAMES.get(word.lower())

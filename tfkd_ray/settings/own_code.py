@@ -52,7 +52,7 @@ def remember(directory: str | None) -> str | None:
     if there.samefile(Path()):
         return None
     _home = there
-    return f"code of your own is looked for and run in {there}, where the experiment was begun"
+    return f"your own code is imported from, and runs in, {there}, where the experiment was begun"
 
 
 def at_home(function: Callable[..., _T]) -> Callable[..., _T]:

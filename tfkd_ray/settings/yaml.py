@@ -167,8 +167,8 @@ class _OthersLoader(_Loader):
         if tagged or (event.style is None and event.tag is None):
             where = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
             sentence = (
-                f"{where}: {node.value}: YAML 1.1 and YAML 1.2 read it as different values, and so may those who read "
-                "this file; quote it if it is text, else write true, false or a decimal number (10, 0.5)"
+                f"{where}: {node.value}: YAML 1.1 and YAML 1.2 read it as different values; quote it if it is text, "
+                "else write true, false or a decimal number (10, 0.5)"
             )
             if _is_ambiguous(node):
                 self.differing.append(sentence)
@@ -241,7 +241,7 @@ def _parsed_yaml(text: str, source: str | Path, load: Callable[[str], Any]) -> A
         line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
         if "\t" in line:
             raise ConfigError(
-                f"{where}: a tab, and YAML indents with spaces only; replace it", source
+                f"{where}: a tab, but YAML indents with spaces only; replace it", source
             ) from None
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}: not YAML: {reason}", source) from None
@@ -266,7 +266,7 @@ def text_of(path: Path, *, follow: bool = True) -> str:
 def bytes_of(path: Path, *, follow: bool = True) -> bytes:
     """Read a file that is no larger than a YAML file may be; any problem raises a ConfigError."""
     if "\0" in str(path):
-        raise ConfigError("no file has such a name: there is a zero byte in it", repr(str(path)))
+        raise ConfigError("a file name cannot contain a zero byte", repr(str(path)))
     if path.is_dir():
         raise ConfigError("is a directory, not a file; name a YAML file in it", path)
     try:
@@ -277,7 +277,7 @@ def bytes_of(path: Path, *, follow: bool = True) -> bytes:
         return bytes(content)
     except FileNotFoundError:
         near = _near_file(path, _files_beside(path))
-        raise ConfigError(f"no such file (looked from {Path.cwd()}){near}", path) from None
+        raise ConfigError(f"no such file (searched from {Path.cwd()}){near}", path) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", path) from None
 
@@ -418,7 +418,7 @@ def missing_file(path: Path, folder: str, more: Sequence[str] = ()) -> ConfigErr
     listed = " `tfkd spaces` lists what ships with tfkd" if folder == "search_spaces" else ""
     if more:
         listed += ", and `tfkd ls` your experiments"
-    return ConfigError(f"no such file (looked from {Path.cwd()}){near}{listed}".rstrip("."), path)
+    return ConfigError(f"no such file (searched from {Path.cwd()}){near}{listed}".rstrip("."), path)
 
 
 def _files_beside(path: Path) -> list[str]:

@@ -69,7 +69,7 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
         yield f"\nOn validation, after epoch {chosen.metrics['epoch']:.0f}:\n\n| metric | value |\n|---|---:|"
         yield from (f"| {key} | {value:.4f} |" for key, value in measured.items())
     elif not data.val_fraction:
-        yield "\nThere is no value on validation: it was trained on, too."
+        yield "\nThere is no value on validation, because the run also trained on it."
     yield "\n## Does it help? The verdict\n"
     yield from chosen.verdict
     yield "\n## Recipe\n"
@@ -102,7 +102,7 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
     yield (
         f"{licence}."
         if licence
-        else "None given: ask whoever trained it. `tfkd export --licence NAME` names one."
+        else "None given; ask the person who trained it. `tfkd export --licence NAME` names one."
     )
     yield "The data have terms of their own."
     yield from _again_section(chosen)
@@ -141,11 +141,11 @@ def _use(config: TrainConfig, result: Tree) -> Sentences:
             share = found["largest"] / found["scale"] if found["scale"] else 0.0
             yield f"| {name} | {found['largest']:.2g} | {share:.1g} of {found['scale']:.3g} |"
     if GRAPH in result["differences"]:
-        yield f"\n`{GRAPH}` was written by torch {torch.__version__}, and older ones may not read it."
+        yield f"\n`{GRAPH}` was written by torch {torch.__version__}; older versions may not be able to read it."
     if ONNX in result["differences"]:
         yield f"`{ONNX}` is of opset {OPSET}, with input `images` and output `logits`."
     for name, reason in result["problems"].items():
-        yield f"\n`{name}` is not here, as the network could not be exported to it: `{reason}`"
+        yield f"\n`{name}` is missing, because the export failed: `{reason}`"
 
 
 def _teacher_section(chosen: Chosen) -> Sentences:
@@ -169,13 +169,13 @@ def _about_teacher(chosen: Chosen, run: TeacherRun) -> Sentences:
         ) from None
     if about is None:
         yield f"`{teacher_name(run)}` (fingerprint `{run.fingerprint(LOOP_VERSION)}`)."
-        yield "Its files are not beside this student's, so no more is known of it here."
+        yield "Its files are not beside the student's, so nothing more is known about it."
         return
     yield f"`{about['name']}` (fingerprint `{about['name'].rpartition('-')[2]}`)."
     weights = about["config"].get("weights")
     if weights:
         name = weights if weights.startswith("torchvision") else Path(weights).name
-        yield f"Its weights are from elsewhere (`{name}`); what they were trained on is not known."
+        yield f"Its weights are external (`{name}`); it is unknown what they were trained on."
     else:
         epochs = f"{about['metrics']['epoch']:.0f} of {run.epochs} epochs"
         yield f"A {run.student.name} trained with {run.objective.name}, {epochs}, seed {run.seed}."
@@ -195,11 +195,11 @@ def _again_section(chosen: Chosen) -> Sentences:
         yield f"```sh\n# Python {versions.get('python')}\npip install {pins}\ntfkd train config.yaml\n```\n"
     else:
         yield "```sh\ntfkd train config.yaml\n```\n"
-        yield "Which versions trained it was not written down."
-    yield "With the same versions and `cpus_per_worker` on a CPU of the same type the weights are the same to the bit."
+        yield "The versions that trained it were not recorded."
+    yield "With the same versions and `cpus_per_worker` on a CPU of the same type the weights are bit-identical."
     yield "`config.yaml` says where the data were on that machine: set `data.root` if they are elsewhere.\n"
     if command := made.get("command"):
         yield f"- First made by: `{shlex.join(['tfkd', *map(str, command[1:])])}`, {made.get('created', 'undated')}"
-    yield f"- git commit where that was called: {made.get('git_commit') or 'none known'} (+: with changes)"
+    yield f"- git commit of the directory where that ran: {made.get('git_commit') or 'none known'} (+: with changes)"
     yield f"- Seeds: training {config.seed}, split {config.data.split_seed}"
     yield f"- Run: `{config.fingerprint(LOOP_VERSION)}`, loop version {LOOP_VERSION}"

@@ -68,7 +68,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         what = (
             "is a file; name the folder it is in"
             if source.exists()
-            else f"no such folder (looked from {Path.cwd()})"
+            else f"no such folder (searched from {Path.cwd()})"
         )
         raise ConfigError(what, source)
     if (source / "confirm.yaml").is_file():
@@ -101,8 +101,8 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     if (source / "config.yaml").is_file():
         return _of_run(source)
     raise ConfigError(
-        "holds no student: an experiment has experiment.yaml, a comparison confirm.yaml, a trial trial.json, and what "
-        "tfkd train made config.yaml",
+        "has no student: an experiment has experiment.yaml, a comparison confirm.yaml, a trial trial.json, and the "
+        "output of tfkd train config.yaml",
         source,
     )
 
@@ -128,15 +128,15 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
     further = ""
     if metric in record.means:
         further = (
-            f" The same settings with further seeds: {metric} {value_text(record, metric)}, by which it is ranked; "
-            "that mean is not of the run that was selected, and these weights are."
+            f" The same settings with further seeds give {metric} {value_text(record, metric)}, by which the trial is "
+            "ranked. That mean is over other runs; these weights are of the selected run."
         )
     if winner is not None and winner.name == record.name:
         full = sum(r.status == "done" for r in records)
         text = (
             f"The best of {len(records)} trials of the sweep `{experiment.name}` on validation ({full} of full "
-            f"length): {value} after its last epoch. It was selected by this number, which is therefore biased: the "
-            f"best of many trials looks better than it is.{further}"
+            f"length): {value} after its last epoch. It was selected by this number, so the number is biased: the best "
+            f"of many trials looks better than it is.{further}"
         )
     else:
         ahead = (
@@ -167,8 +167,8 @@ def _of_run(folder: Path) -> Chosen:
     if not (folder / WEIGHTS).is_file():
         done = f"{metrics[-1]['epoch']:.0f}" if metrics else "none"
         raise ConfigError(
-            f"not finished: no {WEIGHTS} in it, {done} of {config.epochs} epochs done; the same tfkd train command "
-            "resumes it",
+            f"not finished: {done} of {config.epochs} epochs done, and it has no {WEIGHTS}; run the same tfkd train "
+            "command again to resume it",
             folder,
         )
     return Chosen(
@@ -177,7 +177,7 @@ def _of_run(folder: Path) -> Chosen:
         storage=folder.parent,
         config=config,
         metrics=metrics[-1] if metrics else {},
-        selection=["A single run. It is unknown which other runs it was chosen from."],
+        selection=["A single run. It is unknown whether it was chosen from several runs."],
         verdict=_found_verdicts(folder.parent, config),
     )
 
@@ -187,7 +187,8 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     compared, result = read_comparison(directory), read_judged(directory)
     if result is None:
         raise ConfigError(
-            f"not finished: not judged yet, no confirm.json in it; resume: tfkd resume {shlex.quote(str(directory))}",
+            "not finished: it has no confirm.json, so it is not judged yet; resume it with: tfkd resume "
+            f"{shlex.quote(str(directory))}",
             directory,
         )
     arms = {found["name"]: found for found in result["arms"]}
@@ -278,11 +279,13 @@ def _arm_selection(
         chosen = f"Arm `{name}`: the best mean of the comparison `{directory.name}`, which has no candidates"
     else:
         chosen = (
-            f"Arm `{name}`: of the {candidates} candidates of the comparison `{directory.name}` the first by verdict "
-            "(better than every baseline, or not), then by mean"
+            f"Arm `{name}`: the first of the {candidates} candidates of the comparison `{directory.name}`, ordered by "
+            "verdict (better than every baseline, or not), then by mean"
         )
         if candidates > 1:
-            chosen += "; that is a choice by the test split, and flatters the mean a little"
+            chosen += (
+                "; it was chosen by the test split, so its mean looks slightly better than it is"
+            )
     which = (
         "picked by hand" if by_hand[1] else "the first that was trained to the end, not the best"
     )
@@ -294,8 +297,8 @@ def _arm_selection(
         if len(values) > 1:
             spread = f" ± {metric.number(statistics.stdev(values))} (standard deviation)"
         texts.append(
-            f"Test {metric.label} of this run: {metric.show(own[metric.name])}. To be expected is the mean over all "
-            f"{len(values)} seeds: {metric.show(statistics.fmean(values))}{spread}."
+            f"Test {metric.label} of this run: {metric.show(own[metric.name])}. Expect the mean over all {len(values)} "
+            f"seeds: {metric.show(statistics.fmean(values))}{spread}."
         )
     return texts
 
@@ -303,8 +306,8 @@ def _arm_selection(
 # --- what a comparison says ------------------------------------------------------------------------------------
 
 NOT_CONFIRMED = (
-    "**Not confirmed.** No comparison of this configuration with its baselines over several seeds was found, so "
-    "nothing is known about whether distillation helped; `tfkd confirm` makes one."
+    "**Not confirmed.** No comparison of this configuration with its baselines over several seeds was found, so it is "
+    "unknown whether distillation helped. `tfkd confirm` runs such a comparison."
 )
 MADE = ("created", "command", "versions", "git_commit", "seeds")
 
@@ -327,8 +330,8 @@ def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
                 lines += ["", *_verdict_text(result, directory, arm.name)]
                 lines += [
                     "",
-                    "That verdict is about the configuration, retrained with other seeds. These weights were not "
-                    "judged and have not seen the test split.",
+                    "That verdict is about the configuration, retrained with other seeds. These weights themselves "
+                    "were not judged on the test split.",
                 ]
     return [*(lines[1:] or [NOT_CONFIRMED]), *unread]
 
@@ -350,7 +353,7 @@ def _verdict_text(result: Tree, directory: Path, arm: str) -> list[str]:
     lines = [f"{where}; first opened on {opened}."]
     if result["preset"]:
         lines.append(
-            f"Preset {result['preset']}: scaled down to see it run; its numbers say nothing about full runs."
+            f"Preset {result['preset']}: scaled down for a quick try; its numbers say nothing about full runs."
         )
     judged = [
         (found, c) for found in result["verdicts"] for c in found["candidates"] if c["name"] == arm
@@ -359,7 +362,7 @@ def _verdict_text(result: Tree, directory: Path, arm: str) -> list[str]:
         role = next(a["role"] for a in result["arms"] if a["name"] == arm)
         lines += [
             "",
-            f"No verdict on `{arm}`: it is a {role} there, or had too few seeds to be judged.",
+            f"No verdict on `{arm}`: it is a {role} there, or has too few seeds.",
         ]
         lines += [f"Of the others: {found['sentence']}." for found in result["verdicts"]]
     for found, candidate in judged:

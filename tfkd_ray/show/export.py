@@ -118,7 +118,7 @@ def _check_export(out: Path, onnx: bool, licence: str | None) -> None:
     """Raise if the export could not be written, before anything is read."""
     kind = kind_of(out, follow=False)
     if out.name in ("", ".."):
-        raise ConfigError("is no name of a new directory; choose another: -o DIR", out)
+        raise ConfigError("is no valid name for a new directory; choose another: -o DIR", out)
     if os.path.lexists(out) and (kind != "a directory" or any(out.iterdir())):
         what = "is not empty" if kind == "a directory" else f"is {kind or 'a file'}"
         raise ConfigError(f"{what}; choose another directory: -o DIR", out)
@@ -145,7 +145,7 @@ def network_of(chosen: Chosen) -> tuple[nn.Module, list[str]]:
     """Return the student in eval mode on the CPU, and notes on its file."""
     config, path = chosen.config, chosen.folder / WEIGHTS
     if not path.is_file():
-        raise ConfigError(f"its weights are gone: no {WEIGHTS} in it", chosen.folder)
+        raise ConfigError(f"its weights are missing: it has no {WEIGHTS}", chosen.folder)
     try:
         with torch.random.fork_rng(devices=[]):
             network = config.build_student()
@@ -163,8 +163,8 @@ def network_of(chosen: Chosen) -> tuple[nn.Module, list[str]]:
     notes = []
     if header.get("run") != run:
         notes.append(
-            f"The weights say that run {header.get('run')} made them, and this release calls the configuration {run}: "
-            "another release trained them, or a file was changed by hand."
+            f"The weights say that run {header.get('run')} made them, but this release computes run {run} from the "
+            "configuration: another release trained them, or a file was changed by hand."
         )
     return network.eval().requires_grad_(False), notes
 

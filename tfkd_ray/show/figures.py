@@ -202,8 +202,8 @@ def parallel(sweep: Sweep) -> Figure:
     low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
     below = any(map(sweep.below, sweep.plan.rows))
     sentence = (
-        "Each line is one trial: it crosses every upright axis at the trial's setting, and the last one at its value "
-        f"({sweep.axis().label}); the strongest lines are the best."
+        "Each line is one trial. It crosses each vertical axis at the trial's setting, and the last axis at its value "
+        f"({sweep.axis().label}). The strongest lines are the best trials."
     )
     sentence += (
         " Dotted lines are trials below full length, with their value at the last rung."
@@ -300,8 +300,8 @@ def slices(sweep: Sweep) -> Figure:
                 panels.append(_slice(sweep, p, [objective], f"{objective}: {short_name(p.name)}"))
     panels += [_slice(sweep, p, list(sweep.plan.rows), p.name) for p in shared]
     sentence = (
-        "Each point is one trial: its value over one of its settings; all other settings differ from point to point, "
-        "too, so a trend is a hint and no more."
+        "Each point is one trial: its value against one of its settings. All other settings also differ from point to "
+        "point, so a trend is only a hint."
     )
     sentence += HOLLOW if any(map(sweep.below, sweep.plan.rows)) else ""
     return Figure("slices", "Slices", sentence, [panel for panel in panels if panel.series])
@@ -351,8 +351,8 @@ def contours(sweep: Sweep) -> Figure:
         else:
             few.append(objective)
     sentence = (
-        "Colour is the value at the epoch in the title, interpolated between the trials that came there; the other "
-        "settings differ between them, and where no trial is near there is no colour. Points are all trials, hollow "
+        "Colour is the value at the epoch in the title, interpolated between the trials that reached it. The other "
+        "settings differ from trial to trial. Areas far from any trial have no colour. Points are all trials, hollow "
         "below full length."
     )
     lacking = f"temperature against alpha of {some_of(few)}" if few else ""
@@ -414,12 +414,12 @@ def importance_section(sweep: Sweep) -> Figure:
                             Axis("", ticks=ticks, span=(-0.6, len(shares) - 0.4)), [bars], height=height))  # fmt: skip
     sentence = (
         "Share of the spread of values that each setting explains, alone or together with others. The model is "
-        "Optuna's fANOVA, a forest over the settings, each at its place in its range. The values are those at the "
-        f"epoch in the title: the full length if {MIN_TRIALS} trials of an objective have it, else a rung. At a rung, "
-        "trials that were stopped later count, too, and settings that learn fast look better. With few trials, the "
-        "shares are rough."
+        "Optuna's fANOVA: a forest over the settings, each scaled to its range. The values are those at the epoch in "
+        f"the title: at full length if {MIN_TRIALS} trials of an objective have it, else at a rung. At a rung, trials "
+        "that were stopped later also count, and settings that learn fast look better. With few trials, the shares "
+        "are rough."
     )
-    sentence += f" At most {MAX_FOREST} trials of an objective are looked at." if cut else ""
+    sentence += f" At most {MAX_FOREST} trials of an objective are used." if cut else ""
     lacking = f"importance of the settings of {some_of(few)}" if few else ""
     return Figure("importance", "Importance", sentence, panels, lacking=lacking)
 
@@ -519,11 +519,11 @@ def pareto_section(sweep: Sweep) -> Figure:
         if any(_has_numbers(found, (first, other)) for found in values):
             panels.append(_front_panel(sweep, first, other))
     names = [score_of(m).title for m in (first, *others)]
-    many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front], 10)}."
+    many = f" The Pareto front of {len(searched)} metrics: {some_of([r.name for r in front], 10)}."
     return Figure(
         "pareto",
         f"{names[0][0].upper()}{names[0][1:]} against {' and '.join(names[1:])}",
-        "Each point is a trial of full length; no other trial beats those on the line in both."
+        "Each point is a trial of full length. No other trial beats a trial on the line in both metrics."
         + (many if front else ""),
         panels,
     )
@@ -590,15 +590,17 @@ def fidelity(sweep: Sweep) -> Figure:
         f" Warning: {warning}." for warning in fidelity_warnings(sweep.space, sweep.records)
     ]
     sentence = (
-        "The value at a rung against the final one, over trials of full length; the legend has Spearman's rank "
-        "correlation (1: the rung ranks trials as the end does). Trials that a rung stopped have no final value, and "
-        "over the survivors a correlation is lower than over all that came to the rung; a second number is "
-        "corrected for that." + "".join(warnings)
+        "The value at a rung against the final value, for trials of full length. The legend shows Spearman's rank "
+        "correlation (1: both values rank the trials alike). Trials that a rung stopped have no final value, so the "
+        "correlation over the survivors is lower than over all trials that reached the rung. The second number "
+        "corrects for that." + "".join(warnings)
     )
     lacking = ""
     if sweep.space.rungs and few:
-        lacking = f"whether the rungs rank trials of {some_of(few)} as the end does"
-    return Figure("fidelity", "Do the rungs rank right?", sentence, panels, lacking=lacking)
+        lacking = f"whether the rungs predict the final ranking of {some_of(few)}"
+    return Figure(
+        "fidelity", "Do the rungs predict the final ranking?", sentence, panels, lacking=lacking
+    )
 
 
 def searched_of(sweep: Sweep, objective: str) -> list[Parameter]:

@@ -482,7 +482,7 @@ class Progress(OwnCallback):
         elif not self._epochs and (self._live is not None or self._cell is not None):
             frame = FRAMES[int(time.monotonic() / REFRESH_S) % len(FRAMES)]
             turning = "..." if self._console.options.ascii_only else frame
-            yield f"{turning} processes start, and load torch and the data: no epoch has ended yet"
+            yield f"{turning} processes start and load torch and the data; no epoch has ended yet"
 
     def _colour(self, row: str, runs: Sequence[_Run]) -> str:
         """Return the colour of a row: that of its objective."""
@@ -639,7 +639,7 @@ class Progress(OwnCallback):
         stopped = [str(sum(g[0] <= epoch <= g[-1] for epoch in ends)) for g in groups[:-1]]
         table = (
             ["rung at epoch", *ranges],
-            ["  came there", *came],
+            ["  reached it", *came],
             ["  paused there" if pauses else "  were stopped", *stopped, ""],
         )
         return in_columns(map("\t".join, table))
@@ -722,7 +722,7 @@ class Progress(OwnCallback):
                 settings = "".join(texts)
             found.append(Text.assemble(done, " ", line.ljust(size), "  ", (settings, "dim")))
         if len(shown) < len(going):
-            found.append(Text(f"and {len(going) - len(shown)} more that run"))
+            found.append(Text(f"and {len(going) - len(shown)} more running trials"))
         return found
 
     def __getstate__(self) -> Tree:

@@ -350,13 +350,13 @@ def lines(
     if found.budgets is not None:
         ends = ", ".join(f"{value:g} {name}" for name, value in found.budgets.items())
         yield f"trials until a budget is spent: {ends}"
-        yield f"what follows is of {OF_MANY} trials of each objective"
+        yield f"the figures below are for {OF_MANY} trials of each objective"
     if not found.compares:
         yield from in_words(found)
     yield from in_columns(_table_of_arms(found) if found.compares else _table_of_trials(found), 80)
     most = sum(part.most for part in found.parts)
     if found.compares:
-        yield f"in all {most} epochs of {sum(part.trials for part in found.parts)} runs"
+        yield f"{most} epochs in all, in {sum(part.trials for part in found.parts)} runs"
     else:
         least = sum(part.least for part in found.parts if part.least is not None)
         span = f"{found.epochs:.0f} epochs expected, at most {most}"
@@ -365,7 +365,7 @@ def lines(
         yield f"in all {span}; without early stopping always {most}"
         yield from _further_lines(found)
     if found.teacher_epochs:
-        yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
+        yield f"teachers, if not trained yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"
     if found.unlabelled:
         ends = f"{found.unlabelled[0]:g}"
@@ -392,7 +392,7 @@ def _further_lines(found: SweepPlan) -> Iterator[str]:
 
 
 def _table_of_trials(found: SweepPlan) -> list[str]:
-    table = ["objective\ttrials\texpected to come to epoch\tepochs\tat most"]
+    table = ["objective\ttrials\texpected to reach epoch\tepochs\tat most"]
     for part in found.parts:
         reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
         table.append(f"{part.objective}\t{part.trials}\t{reaching}\t{part.epochs:.0f}\t{part.most}")
@@ -410,14 +410,14 @@ def _hours(found: SweepPlan, slots: int, gpu_hour_price: float | None) -> Iterat
     """Return the lines of a plan on time, memory and money."""
     if found.seconds is None:
         each = "arm" if found.compares else "objective"
-        yield f"hours: not known; --probe trains a few steps of each {each} here and says"
+        yield f"hours: unknown; --probe measures a few steps of each {each} on this machine"
         return
     for part in found.parts:
         yield f"an epoch of {part.objective}: {part.epoch_s:.3g} s on this machine"
     if measured := [part.share for part in found.parts if part.share is not None]:
         fit = max(1, int(1 / max(measured)))
         setting = f"gpus_per_worker={1000 // fit / 1000:g}"
-        yield f"GPU memory: a trial takes {max(measured):.0%} of one; {fit} fit on it: {setting}"
+        yield f"GPU memory: a trial takes {max(measured):.0%} of a GPU; {fit} fit on one: {setting}"
     hours = found.seconds / 3600
     one = "run" if found.compares else "trial"
     yield f"training: {_time(found.seconds)} with one {one} at a time, {_time(found.seconds / slots)} with {slots}"

@@ -306,8 +306,9 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
             )
             found[at.objective] = (
                 f"stopping {at.objective} after {at.rung} epochs may not have been safe: over the {at.n} trials of "
-                f"full length the rank correlation of the value there with the final one is {at.rank:.2f}, corrected "
-                f"for the selection there {at.corrected:.2f} (below {LOW}){bloomers}; {instead}"
+                "full length, the rank correlation between the value at that epoch and the final value is "
+                f"{at.rank:.2f}, or {at.corrected:.2f} (below {LOW}) after a correction for the trials that were "
+                f"stopped there{bloomers}; {instead}"
             )
     return list(found.values())
 
@@ -336,7 +337,7 @@ def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung
         if len(set(values)) > 1 and len(set(rise)) > 1:
             rank = spearmanr(values, rise)
             which = "high" if rank.statistic > 0 else "low"
-            sentence = f"; trials with {which} {p.name} rise after it"
+            sentence = f"; trials with {which} {p.name} gain ranks after that epoch"
             strongest = min(strongest, (float(rank.pvalue) * len(searched), sentence))
     return strongest[1]
 

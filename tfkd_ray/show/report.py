@@ -267,7 +267,7 @@ def _figures(sweep: Sweep) -> Iterator[Section]:
         contours(sweep),
     ]
     found = {
-        "How settings and values go together": together,
+        "How settings relate to values": together,
         "Which settings matter": [importance_section(sweep)],
         "Training": [curves(sweep), pareto_section(sweep), fidelity(sweep)],
     }
@@ -278,8 +278,8 @@ def _figures(sweep: Sweep) -> Iterator[Section]:
         if title == "Training" and lacking:
             open_questions = escaped("; ".join(lacking))
             parts.append(
-                f'<p class="sub">There are too few trials to tell: {open_questions}. It takes {FEWEST} that '
-                f"reached the same epoch, and {MIN_TRIALS} of full length to judge the rungs.</p>"
+                f'<p class="sub">Too few trials to tell: {open_questions}. A figure needs {FEWEST} trials '
+                f"that reached the same epoch. A judgment of the rungs needs {MIN_TRIALS} of full length.</p>"
             )
         if parts:
             yield Section(title, parts)
@@ -314,20 +314,19 @@ def _not_a_verdict(sweep: Sweep) -> str:
     value, again = first.judged[sweep.metric], sweep.metric in first.means
     alike = [r for r in rest if (sweep.metric in r.means) == again]
     ties = sum(r.judged[sweep.metric] == value for r in alike)
-    shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
+    shared = f" {ties + 1} trials share this value; the first one is named." if ties else ""
     if sweep.limits:
         shared += (
             f" Constraints: {limits_text(sweep.limits)}; it {met_text(sweep.limits, first.judged)}."
         )
         if not is_feasible(sweep.limits, first.judged):
-            shared += " No trial of full length meets them: it is the best of those that do not."
+            shared += " No trial of full length meets them; this is the best of the others."
     if found := doubts(sweep.records, sweep.metric, sweep.limits):
         shared += f" Baselines {doubted(found)}; tfkd confirm tunes them first."
     return (
-        f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} "
-        f"This is not a verdict: it is the best of {n} on validation, and {LUCK}. "
-        "Only new runs over several seeds, judged on the test split, can say whether it is better than "
-        "the baselines (tfkd confirm)."
+        f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} This is not a "
+        f"verdict: it is the best of {n} on validation, and {LUCK}. Only new runs over several seeds, judged on the "
+        "test split, show whether it is better than the baselines (tfkd confirm)."
     )
 
 
@@ -531,7 +530,7 @@ def _reproduce(plan: ExperimentPlan, experiment: Path) -> Sentences:
     rows = [
         ["command", command],
         ["versions", versions],
-        ["git commit", str(about.get("git_commit") or "none: it was not run in a repository")],
+        ["git commit", str(about.get("git_commit") or "none: it did not run in a repository")],
         [
             "seeds",
             ", ".join(f"{k} {v}" for k, v in seeds.items())
@@ -591,18 +590,20 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
     judged = read_judged(directory)
     if judged is None:
         s = status(directory)["trials"]
-        text = f"{s['done']} of {s['planned']} runs are trained, and the test split is still shut."
+        text = (
+            f"{s['done']} of {s['planned']} runs are trained. The test split has not been opened."
+        )
         return [
             box_html(
                 "open",
                 "Not judged yet",
-                f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}",
+                f"{text} Resume it with: tfkd resume {shlex.quote(directory.name)}",
             )
         ]
     boxes: list[str | Figure] = []
     where = f"test split of {name_of_test(judged['test'])}, trained on {judged['trained_on']}"
     if judged["preset"]:
-        where += f"; preset {judged['preset']}: scaled down to see it run, comparable with nothing published"
+        where += f"; preset {judged['preset']}: scaled down for a quick try, not comparable with published results"
     for found in judged["verdicts"]:
         kind = {"better": "yes", "not better": "no"}.get(found["verdict"], "open")
         searched = (
@@ -733,7 +734,7 @@ def _arm_figures(judged: Tree) -> Iterator[Figure]:
         )
     if panels:
         sentence = (
-            "Each point in colour is one run with its own seed; the other point is the mean, and the bar its 95 % "
+            "Each coloured point is one run with its own seed. The other point is the mean, and the bar is its 95 % "
             "interval over seeds."
         )
         yield Figure("arms", "Test accuracy of the arms", sentence, panels)
@@ -773,9 +774,9 @@ def _lead_figures(judged: Tree) -> Iterator[Figure]:
         )
     if panels:
         sentence = (
-            "How much better a candidate is than a baseline, seed by seed, with the 95 % interval of the mean; right "
-            "of 0 it is ahead, and the second line is the smallest lead worth having. Leads of baselines over plain "
-            "training are described and not tested."
+            "The lead of each candidate over each baseline, paired by seed, with the 95 % interval of the mean. Right "
+            "of 0 the candidate is ahead. The second line is the smallest lead worth having. Leads of baselines over "
+            "plain training are described, not tested."
         )
         yield Figure("leads", "Leads over the baselines", sentence, panels)
 

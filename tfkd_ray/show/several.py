@@ -45,8 +45,7 @@ def read_several(experiments: Sequence[Path]) -> list[NamedSweep]:
         plan = read_plan(experiment)
         if plan.kind != "sweep":
             raise ConfigError(
-                "a comparison of arms; only sweeps are shown side by side, and this has a report of its own: "
-                "tfkd report",
+                "a comparison of arms; only sweeps are shown side by side; for a comparison use tfkd report",
                 experiment,
             )
         first = several[0].sweep.metric if several else plan.metric
@@ -218,7 +217,7 @@ def best_curves(several: Sequence[NamedSweep]) -> Figure:
         if series:
             panels.append(Panel(objective, Axis("epoch"), one.sweep.axis(), series))
     title = f"{metric.title[0].upper()}{metric.title[1:]} of the best over epochs"
-    sentence = "Each line is the best trial of an experiment, which the line's dashes tell."
+    sentence = "Each line is the best trial of an experiment; the line style shows which."
     return Figure("best-curves", title, sentence, panels, wide=True)
 
 

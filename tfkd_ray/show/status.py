@@ -245,7 +245,7 @@ def _no_experiment(directory: Path) -> str:
         return "no such directory" + (f"; {did_you_mean(directory.name, near)}" if near else "")
     inside = [p.name for p, why in _experiments_in(directory) if not why]
     if inside:
-        return f"not an experiment, but a directory of experiments; name one of them: {', '.join(inside[:9])}"
+        return f"not an experiment but a directory of experiments; name one of them: {', '.join(inside[:9])}"
     return "not an experiment: there is no experiment.yaml in it, and no confirm.yaml"
 
 
@@ -295,7 +295,7 @@ def record_of(folder: Path) -> Record | None:
             raise
         raise ConfigError(f"cannot be read: {error.strerror}", error.filename or path) from None
     except ValueError as error:
-        raise ConfigError(f"was changed by hand, or cut: {error}", path) from None
+        raise ConfigError(f"was changed by hand or truncated: {error}", path) from None
 
 
 def last_line(path: Path) -> Numbers:
@@ -625,9 +625,7 @@ def best_lines(found: Tree, experiment: Path) -> list[str]:
     if found["constraints"]:
         limited.append(f"constraints: {found['constraints']}; it {best[0]['limited']}")
         if not best[0]["feasible"]:
-            limited.append(
-                "no trial of full length meets them: it is the best of those that do not"
-            )
+            limited.append("no trial of full length meets them; this is the best of the others")
     if len(metrics) == 1:
         value, seeds = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}", best[0]["seeds"]
         value += error_text(best[0]["errors"][metrics[0]], seeds)
@@ -837,7 +835,7 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     lines = [fitted(found["name"], max(8, width - len(tail))) + tail, ""]
     if found["preset"]:
         lines.insert(
-            1, f"PRESET {found['preset']}: scaled down, not comparable with what is published"
+            1, f"PRESET {found['preset']}: scaled down, not comparable with published results"
         )
     lines += [*in_columns(_table_rows(found), width), ""]
     if found["further"]:
@@ -1005,7 +1003,7 @@ def ls(storage: Path) -> list[Tree]:
     """
     if not storage.is_dir():
         raise ConfigError(
-            "no such directory; name where the experiments are: --storage DIR", storage
+            "no such directory; name the directory of the experiments: --storage DIR", storage
         )
     found = []
     for experiment, why in _experiments_in(storage):

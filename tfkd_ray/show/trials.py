@@ -120,7 +120,7 @@ def _rows_of_several(experiments: Sequence[Path], first: ExperimentPlan) -> list
         if plan.metric != first.metric:
             raise ConfigError(
                 f"has {plan.metric or 'a test split'} as its metric, and the first experiment "
-                f"{first.metric or 'a test split'}: list them one by one",
+                f"{first.metric or 'a test split'}: list them separately",
                 experiment,
             )
         name = experiment.absolute().name
@@ -149,7 +149,7 @@ def _known(fields: Sequence[str], metric: str | None) -> set[str]:
 def _sort_problems(sort: str) -> Sentences:
     key, _, order = sort.partition(":")
     if order not in ("", "desc", "asc"):
-        yield f"--sort {sort}: {key}, or {key}:desc for the other way round"
+        yield f"--sort {sort}: {key}, or {key}:desc for descending order"
 
 
 def _unknown(option: str, names: Sequence[str], known: set[str]) -> list[str]:
@@ -318,7 +318,7 @@ def _with_last_column(lines: Sequence[str], last: Sequence[str], width: int | No
     return [*(fitted(line, width) for line in whole), *wrapped(_CUT, width)]
 
 
-_CUT = "(lines are cut to the terminal; -o csv and a pipe have all, --columns some)"
+_CUT = "(lines are cut to the terminal's width; -o csv or a pipe shows all columns, --columns some)"
 
 
 def _mean_cell(row: Row) -> str:
@@ -443,7 +443,7 @@ def _log_lines(
             break
         time.sleep(every_s)
     if left_out:
-        yield f"({left_out} more values of each epoch do not fit here; | cat shows them)"
+        yield f"({left_out} more values of each epoch do not fit; | cat shows them)"
     if record is not None:
         state = "interrupted" if record.status == "running" and not alive else record.status
         yield f"{state}: {record.reason[:MOST_TRACE_BYTES]}" if record.reason else state

@@ -61,7 +61,7 @@ class Waiting:
         """
         if not metrics:
             self.show(
-                f"teacher {run.student.name}: its process starts, and loads torch and the data"
+                f"teacher {run.student.name}: its process starts and loads torch and the data"
             )
             return
         last = run.stop_epoch or run.epochs

@@ -187,8 +187,8 @@ def build_arms(
         message = "arms: needs a list of at least one arm, each with a name and an objective"
         if given is None and "objective" in tree:
             message = (
-                "is a search space, and has no arms to compare; sweep it with `tfkd tune`, then compare its best "
-                "trials with `tfkd confirm EXPERIMENT`"
+                "is a search space without arms to compare; sweep it with `tfkd tune`, then compare its best trials "
+                "with `tfkd confirm EXPERIMENT`"
             )
         raise ConfigError(message, source)
     arms: list[Tree] = []
@@ -344,7 +344,7 @@ def rivals_of(text: str) -> list[str]:
         )
     if not {*words} - {"published"}:
         raise ConfigError(
-            "the published setting is only shown; name a baseline to beat: ce, lsr or scaled",
+            "`published` is shown but not judged; also name a baseline to beat: ce, lsr or scaled",
             "--baselines",
         )
     return words
@@ -354,7 +354,7 @@ def untuned(experiment: Path) -> dict[str, int]:
     """Return the baselines to tune before a verdict, and how many trials each of them needs.
 
     These are baselines with fewer trials than the winner's objective, without one of full length,
-    and those that are tuned in name only. A baseline whose settings are all fixed is not one of them.
+    and those that are hardly tuned. A baseline whose settings are all fixed is not one of them.
     """
     winner = _candidates(experiment, 1)[0]
     records = read_records(experiment)
@@ -441,8 +441,8 @@ def arms_of(
     arms, notes = _with_code_of_now(arms)
     if fixed:
         notes.append(
-            f"This space fixes every setting of {' and of '.join(fixed)}, so nothing of it was tuned: a lead over "
-            "it may be a better learning rate."
+            f"This space fixes every setting of {' and of '.join(fixed)}, so that was not tuned: a lead over it may "
+            "come from a better learning rate."
         )
     records = [record for where in there for record in read_records(where)]
     found_doubts = [d for d in doubts(records, metric, limits) if d.baseline in rivals]
@@ -457,8 +457,8 @@ def arms_of(
     weight = best_run.ce_share
     if weight is None and "scaled" in rivals:
         notes.append(
-            f"{first.objective} does not give CE as a part, so its weight of CE is unknown, and there is no baseline "
-            "ce-scaled."
+            f"{first.objective} does not return CE as a separate part, so its weight of CE is unknown, and there is no "
+            "baseline ce-scaled."
         )
         if isinstance(best_run.objective, OwnObjective):
             notes.append("A class with terms and ce_weight has one.")
@@ -528,7 +528,7 @@ def _with_code_of_now(arms: list[Tree]) -> tuple[list[Tree], list[str]]:
 
 
 def _tuned_for_old_code(changed: str) -> str:
-    return f"Since the sweep {changed}: its settings were tuned for the old code, and the new one is trained here."
+    return f"Since the sweep {changed}: the settings were tuned for the old code, and the new code is trained here."
 
 
 def _full(experiment: Path) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Baselines in name only: tuned with too few trials, or far below plain training.
+"""Hardly tuned baselines: those with too few trials, or far below plain training.
 
 A candidate beats such a baseline without being good. `tfkd tune`, the report and the verdict say
 which they are, and `tfkd confirm` tunes them first.
@@ -80,4 +80,4 @@ def _far_below(records: Sequence[Record], name: str, metric: str, limits: Limits
 def doubted(found: Sequence[Doubt]) -> str:
     """Return a clause that names baselines; of no doubt, an empty text."""
     names = " and ".join(str(doubt) for doubt in found)
-    return f"tuned in name only: {names}" if found else ""
+    return f"hardly tuned: {names}" if found else ""

@@ -202,8 +202,8 @@ def _about_knob(knob: Knob, way_out: str, blind: str | None) -> Sentences:
         least, largest = knob.scalars
         moved = max(abs(least - 1), abs(largest - 1))
         yield (
-            f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below {LIMIT}), "
-            f"and its size by {_percent(moved)}; fix it, or widen it"
+            f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below "
+            f"{LIMIT}), and its size by {_percent(moved)}; fix it, or widen it"
         )
     if knob.verdict == "redundant" and blind is not None:
         yield (
@@ -212,8 +212,8 @@ def _about_knob(knob: Knob, way_out: str, blind: str | None) -> Sentences:
         )
     elif knob.verdict == "redundant":
         yield (
-            f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which is "
-            f"optim.lr times that and optim.weight_decay divided by it; {way_out}"
+            f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which equals "
+            f"optim.lr times that factor and optim.weight_decay divided by it; {way_out}"
         )
 
 
@@ -260,10 +260,10 @@ def explained(space: Space) -> Sentences:
     if any(p.path[0] == "objective" for p in space.parameters):
         yield ""
         yield from textwrap.wrap(
-            "moves: how far the logit gradient is from the best multiple of that at the range's middle, relative to "
-            "its size; the largest over the range, with the other settings at their middle and at their ends. scales: "
-            f"the largest multiple over the least. live: moves by {LIMIT} or more. redundant: only scales the loss. "
-            "dead: neither.",
+            "moves: the distance of the logit gradient from the best multiple of the gradient at the range's middle, "
+            "relative to its size. It is the largest over the range, with the other settings at their middle and at "
+            f"their ends. scales: the largest multiple over the smallest. live: moves by {LIMIT} or more. redundant: "
+            "only scales the loss. dead: neither.",
             WIDTH,
         )
 

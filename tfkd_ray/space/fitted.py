@@ -180,8 +180,8 @@ def size_notes(config: TrainConfig, *, begun: bool = False) -> Sentences:
     yield from _batch_notes(config, len(train), begun=begun)
     if val is not None and len(val) < FEW_TO_VALIDATE:
         yield (
-            f"validation has {len(val)} images: one image is {100 / len(val):.2f} points of accuracy, so that a "
-            "lead of a few images may be chance"
+            f"validation has {len(val)} images: one image is {100 / len(val):.2f} points of accuracy, so a lead of a "
+            "few images may be chance"
         )
 
 
@@ -196,7 +196,7 @@ def _batch_notes(config: TrainConfig, images: int, *, begun: bool) -> Sentences:
     usual = {"data": config.data.tree, "recipe": config.recipe, "objective": "ce"}
     of_recipe = TrainConfig.model_validate(usual).optim.batch_size
     if steps == 1 and config.data.streams and batch == of_recipe and not begun:
-        raise ConfigError(f"{problem}, and the recipe is for many more; {way_out}")
+        raise ConfigError(f"{problem}, but the recipe is for many more; {way_out}")
     yield f"{problem}; {way_out}"
 
 

@@ -71,7 +71,7 @@ def goes_on(values: Table, factor: int) -> bool:
     """Return whether the last of some trials is among the best 1 / `factor` of them, or the best.
 
     Args:
-        values: [N, M] at a rung, in the order in which the trials came there; higher is better.
+        values: [N, M] at a rung, in the order in which the trials reached it; higher is better.
     """
     own, room = len(values) - 1, max(1, len(values) // factor)
     for front in _fronts(values):

@@ -97,8 +97,7 @@ def _placed_point(branches: Sequence[_Searchable], point: Values) -> tuple[_Sear
     for name in given:
         if name not in values:
             problems.append(
-                f"{name}: is searched together with another item of choices only; name that item too, "
-                "or leave this out"
+                f"{name}: is searched only with another item of choices; name that item too, or leave this out"
             )
     try:
         branch.config(values)

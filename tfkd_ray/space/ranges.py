@@ -408,7 +408,7 @@ def _differ_as_texts(given: Tree) -> Sentences:
     """Reject a text that is how the sampler sees another choice's settings."""
     texts = Choices(tuple(given["choices"])).points
     if len(set(texts)) < len(texts):
-        yield f".choices: a text and the settings that it spells, in {given['choices']!r}; leave one out"
+        yield f".choices: a text and the settings that it stands for, in {given['choices']!r}; leave one out"
 
 
 def _has_keys_of_a_range(given: Tree) -> Sentences:

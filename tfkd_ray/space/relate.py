@@ -116,7 +116,7 @@ def not_superset(old: Space, new: Space) -> list[str]:
     """Return a sentence for each reason why `new` does not contain every trial of `old`."""
     names = [branch.objective for branch in new.branches]
     missing = [
-        f"objective: existing trials have {was.objective}, and the new space lacks it; add it"
+        f"objective: existing trials have {was.objective}, but the new space lacks it; add it"
         for was in old.branches
         if was.objective not in names
     ]

@@ -59,7 +59,7 @@ class Tpe(_Sampler):
     candidates: Count = 24
     """Candidates from which each proposal is chosen."""
     multivariate: bool = True
-    """Use one model over all parameters. false: one model per parameter, as if they were
+    """Use one model over all parameters. false: one model per parameter, which treats them as
     independent."""
 
 
@@ -233,7 +233,7 @@ class Finalists(Settings):
 ENDLESS = 10**9
 """Trials of a search that does not end by their number."""
 TIME_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours")
-"""Budgets that every search spends in the end."""
+"""Budgets that every search spends sooner or later."""
 ENVIRONMENT = "TFKD_STORAGE"
 """Environment variable with the storage's whole URL, needed if the experiment's shows *** as the
 password."""
@@ -320,14 +320,14 @@ class SearchConfig(Settings):
     max_concurrent: Count | None = None
     """Concurrent trials. None: as many as fit on the cluster."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Retries from the last checkpoint of a trial whose process was lost in the same epoch; one more
-    loss there fails it."""
+    """Number of times that a trial whose process is lost is retried in the same epoch, from its
+    last checkpoint. One more loss there fails the trial."""
     trial_timeout_s: Positive | None = None
     """Timeout in seconds for one epoch of a trial, its start included; a trial that exceeds it is
     killed and fails."""
     time_budget_s: Positive | None = None
-    """Seconds of trials, over all sessions, after which the sweep ends; unfinished trials are kept
-    for resume."""
+    """Seconds of trials, over all sessions, after which the sweep ends. Resume continues unfinished
+    trials."""
     gpu_hours: Positive | None = None
     """Budget of GPU time, in hours that trials hold one GPU; otherwise as `time_budget_s`."""
     cpu_hours: Positive | None = None

@@ -579,8 +579,8 @@ def _weights_are_unknown(space: Space) -> Sentences:
     weights = {str(run.weights) for run in space.teacher_runs() if run.weights}
     if weights:
         yield (
-            f"teacher.weights: what {' and '.join(sorted(weights))} was trained on is not known here; if it has seen "
-            "the validation images, its students look better than they are"
+            f"teacher.weights: what {' and '.join(sorted(weights))} was trained on is unknown; if validation images "
+            "were among them, its students look better than they are"
         )
 
 
@@ -594,8 +594,8 @@ def _beginnings_are_unknown(space: Space) -> Sentences:
             found |= {} if weights is None else {weights: None}
     if found:
         yield (
-            f"init.weights: what {' and '.join(found)} was trained on is not known here; if it has seen the validation "
-            "images, students look better than they are"
+            f"init.weights: what {' and '.join(found)} was trained on is unknown; if validation images were among "
+            "them, students look better than they are"
         )
 
 
@@ -618,7 +618,7 @@ def _trials_are_the_same(space: Space) -> Sentences:
     if len(idle) < len(space.branches):
         what = f"nothing is searched for {', '.join(idle)}"
     yield (
-        f"{what}: {whose} are one and the same run, seed included; write a range, or train it once with tfkd train, or "
+        f"{what}: {whose} are the same run, including the seed; write a range, or train it once with tfkd train, or "
         "over several seeds with tfkd confirm and a file of arms"
     )
 
@@ -638,7 +638,7 @@ def _trials_repeat_others(space: Space) -> Sentences:
     if all((group.grid_size or MAX_GRID + 1) <= MAX_GRID for group in space.groups):
         way = "search.sampler: grid, with num_samples left out, runs each once"
     many = "those" if space.search.num_samples is None else share
-    yield f"there are only {points}: of {many} that are proposed, some are likely to repeat others; {way}"
+    yield f"there are only {points}: of {many} proposals, some are likely to repeat others; {way}"
 
 
 def _pieces_change_a_loss(space: Space) -> Sentences:
@@ -650,8 +650,8 @@ def _pieces_change_a_loss(space: Space) -> Sentences:
             config = branch.config({**first, **values})
             if config.objective.compares_images and config.optim.accumulate > 1:
                 yield (
-                    f"optim.accumulate: {branch.objective} compares the images of a batch with each other, and with "
-                    "accumulate those of a piece: the loss is another one than without"
+                    f"optim.accumulate: {branch.objective} compares the images of a batch with each other; with "
+                    "accumulate it compares only those of a piece, so the loss differs"
                 )
                 break
 
@@ -778,7 +778,10 @@ def _parameters_differ(space: Searched) -> Sentences:
         ("constraints", search.constraints),
     ):
         if "parameters" in names and not searched:
-            yield f"{name}: parameters are the same in all trials where the student is fixed; search it, or leave them"
+            yield (
+                f"{name}: the number of parameters is the same in all trials, because the student is fixed; search the "
+                "student, or leave parameters out"
+            )
 
 
 def _constraints_can_be_met(space: Searched) -> Sentences:
@@ -805,8 +808,8 @@ def _stopping_judges_by_one_metric(space: Searched) -> Sentences:
     by_fronts = type(stopping) is Halving
     if search.more_metrics and not (by_fronts or isinstance(stopping, NoStopping)):
         yield (
-            f"stopping: {stopping.name} judges by one metric, and there are {len(search.metrics)}: a trial that is "
-            "behind in one may be ahead in another; set stopping: halving, or none"
+            f"stopping: {stopping.name} judges by one metric, and there are {len(search.metrics)}; set stopping: "
+            "halving, or none"
         )
 
 
@@ -886,7 +889,7 @@ def _gpu_hours_end(space: Searched) -> Sentences:
     if space.search.gpu_hours is None or not isinstance(space, Space):
         return
     if not space.example.gpus_per_worker:
-        yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
+        yield "gpu_hours: trials here use no GPU, so the sweep would never end; set gpus_per_worker, or use cpu_hours"
 
 
 def _endless_search_has_a_budget(space: Searched) -> Sentences:
@@ -894,7 +897,7 @@ def _endless_search_has_a_budget(space: Searched) -> Sentences:
     search = space.search
     if search.num_samples is None and not set(TIME_BUDGETS) & search.budgets.keys():
         yield (
-            "num_samples: null is until a budget is spent, and there is none; set time_budget_s, gpu_hours or "
+            "num_samples: null means until a budget is spent, and no budget is set; set time_budget_s, gpu_hours or "
             "cpu_hours, or a number of trials"
         )
 
@@ -907,8 +910,8 @@ def _finalists_are_known(space: Searched) -> Sentences:
     share = share_of(space)
     if search.num_samples is None:
         yield (
-            "finalists: with num_samples: null trials are added until the budget is spent, and only then the best are "
-            "known; set num_samples"
+            "finalists: with num_samples: null, trials are added until the budget is spent, so the best are known too "
+            "late; set num_samples"
         )
     elif finalists.k > share:
         yield (
@@ -916,8 +919,8 @@ def _finalists_are_known(space: Searched) -> Sentences:
         )
     if search.more_metrics:
         yield (
-            f"finalists: the best are those of one metric, and there are {len(search.metrics)}: no mean over seeds "
-            "orders a front; leave it out, or name one metric"
+            f"finalists: finalists are ranked by one metric, and there are {len(search.metrics)}; leave finalists out, "
+            "or name one metric"
         )
     if isinstance(space.stopping, Asha):
         yield (
@@ -1037,7 +1040,7 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
     added = [copy.deepcopy(tree) for name, tree in wanted.items() if name not in names]
     if added:
         notes.append(
-            f"added {' and '.join(a['name'] for a in added)}: baselines are tuned as hard as the rest "
+            f"added {' and '.join(a['name'] for a in added)}, so that the baselines are tuned as hard as the rest "
             "(search.baselines: false leaves them out)"
         )
     return [*given, *added]
@@ -1226,7 +1229,8 @@ def _trials_can_be_compared(p: Parameter) -> Sentences:
         if top == "seed":
             way_out = "further seeds of the best trials are `search.finalists`; arms over seeds, `tfkd confirm`"
         yield (
-            f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared; {way_out}"
+            f"{p.name}: must have one value for the whole sweep, because trials that differ in it cannot be compared; "
+            f"{way_out}"
         )
 
 
@@ -1297,7 +1301,7 @@ def _corners_are_valid(branch: Branch) -> Sentences:
         for p in branch.parameters:
             if p.path[0] == "objective" and allowed is not None and p.path[-1] not in allowed:
                 yield (
-                    f"{p.name}: fixed only: whatever its value, this loss is a label smoothing times a constant; "
+                    f"{p.name}: can only be fixed: for every value, this loss is a label smoothing times a constant; "
                     f"search {' and '.join(sorted(allowed))}"
                 )
 

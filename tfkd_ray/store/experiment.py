@@ -271,7 +271,8 @@ def read_experiment(experiment: Path) -> Tree:
         about["space"].get("search"), dict
     ):
         raise ConfigError(
-            "has no 'space:' with a 'search:' in it; it was changed by hand, or cut", experiment
+            "has no 'space:' with a 'search:' in it; it was changed by hand or truncated",
+            experiment,
         )
     return about
 
@@ -306,7 +307,9 @@ def trial_folders(experiment: Path) -> list[Path]:
     """Return the folders of all trials, by name, without links: their trials count elsewhere."""
     above = trials_folder(experiment)
     if above.is_symlink():
-        raise ConfigError(f"is a link to {above.readlink()}; put there the folder itself", above)
+        raise ConfigError(
+            f"is a link to {above.readlink()}; replace the link by the folder itself", above
+        )
     try:
         with os.scandir(above) as entries:
             return sorted(
@@ -364,7 +367,7 @@ def gone_sentence(names: Sequence[str]) -> str:
     """Return the sentence about trials whose folders are gone."""
     what = "its folder is" if len(names) == 1 else "their folders are"
     gone = f"the study has {some_of(names)}, and {what} gone"
-    return f"{gone}: what they came to is in the study alone; put the folders back"
+    return f"{gone}: their results are in the study alone; put the folders back"
 
 
 def read_record(folder: Path) -> Record:
@@ -387,7 +390,7 @@ def as_record(folder: Path, metrics: list[Numbers]) -> Record:
         if record.seed_of is not None:
             _check_further(record)
     except (ValueError, TypeError) as error:
-        message = f"not a trial as this release writes it, or cut ({error}); move its folder away to see the others"
+        message = f"truncated, or not written by this release ({error}); move its folder away to see the others"
         raise ConfigError(message, path) from None
     except OSError as error:
         if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in DISK_ERRORS:
@@ -537,7 +540,7 @@ def damaged(path: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         what = f"no {error} in it" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(f"was changed by hand, or cut: {what}", path) from None
+        raise ConfigError(f"was changed by hand or truncated: {what}", path) from None
     except OSError as error:
         if isinstance(error, FileNotFoundError) or error.errno in DISK_ERRORS:
             raise
@@ -580,7 +583,10 @@ def check_no_links(experiment: Path, finished: Collection[str] = ()) -> None:
     )
     if found:
         rest = [f"and {len(found) - 9} more"] if len(found) > 9 else []
-        way_out = "an experiment has none, and what is written there would go elsewhere; put the file itself there"
+        way_out = (
+            "an experiment has only plain files and folders, because what is written to anything else ends up "
+            "elsewhere; replace it by the file itself"
+        )
         raise ConfigError([*found[:9], *rest, way_out], experiment)
 
 
@@ -646,7 +652,7 @@ def write_output(path: Path, text: str) -> bool:
             else os.dup(number)
         )
     except OSError as error:
-        why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
+        why = "no process reads from it" if error.errno == errno.ENXIO else error.strerror
         raise ConfigError(f"cannot be written to: {why}", path) from None
     with os.fdopen(handle, "wb", buffering=0) as file:
         if number is None:

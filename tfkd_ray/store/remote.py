@@ -83,11 +83,11 @@ _KNOWN_FILES = (
     ),
     (
         r"NETWORK_CONNECTION|UNAVAILABLE|DEADLINE|curlCode|resolve|retry policy exhausted",
-        "does not answer; is the network up, and the endpoint right{endpoint}?",
+        "does not answer; check the network and the endpoint{endpoint}",
     ),
     (
         r"NO_SUCH_BUCKET|[Bb]ucket.* (does not exist|not found)|NOT_FOUND.*(CreateResumableUpload|InsertObject)",
-        "there is no such bucket; make it, or correct the URL",
+        "no such bucket; create it, or correct the URL",
     ),
     (r"HTTP status 301|PermanentRedirect", "the bucket is in another region; set AWS_REGION to it"),
 )
@@ -437,15 +437,15 @@ class Claim:
                 age = max(0.0, now - written.time)
                 if age < STALE_S:
                     raise ConfigError(
-                        f"is being run by process {other['process']} on {other['host']}, heard of {age:.0f} s ago; "
-                        f"wait for it, or stop it first; if it is gone, try again in {STALE_S - age + 1:.0f} s",
+                        f"is being run by process {other['process']} on {other['host']}, last seen {age:.0f} s ago; "
+                        f"wait for it, or stop it first; if it has died, try again in {STALE_S - age + 1:.0f} s",
                         self.url,
                     )
             if other is not None and other["session"] not in (
                 _session(self.folder),
                 self._fetched(),
             ):
-                raise ConfigError("was run by another driver meanwhile; try again", self.url)
+                raise ConfigError("was run by another driver in the meantime; try again", self.url)
             write_text(self.folder / _SESSION, self.session)
             (self.folder / DRIVER_FILE).unlink(missing_ok=True)
             self._write(ended=False)

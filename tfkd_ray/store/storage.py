@@ -369,7 +369,7 @@ def experiment_of(place: Experiment | Path | str, want: Want = light) -> Experim
     found = Experiment(_mirror(store), name)
     found.storage.fetch(name, want)
     if not found.folder.exists():
-        message = "there is nothing; tfkd ls --storage URL lists the experiments of a storage"
+        message = "nothing found; tfkd ls --storage URL lists the experiments of a storage"
         raise ConfigError(message, str(place))
     return found
 

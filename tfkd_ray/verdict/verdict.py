@@ -530,10 +530,10 @@ def _problems(
         bad = [s for s, v in zip(arm.seeds, arm.values, strict=True) if not np.isfinite(v)]
         if bad:
             found.append(
-                f"{arm.name}: {metric.name} is not a finite number at seed {_list(bad)}; a run that diverged is a "
-                "result and cannot be left out alone: fix the configuration, or leave the arm out"
+                f"{arm.name}: {metric.name} is not a finite number at seed {_list(bad)}; a diverged run is a result "
+                "and cannot be left out by itself: fix the configuration, or leave the arm out"
             )
-    why = "one run has no spread, so no difference can be told from luck; use 2 seeds or more (5 is a fair start)"
+    why = "one run has no spread, so no difference can be told from chance; use 2 seeds or more (5 is a good start)"
     few = [arm for arm in arms if len(arm.seeds) < 2]
     found += [f"{arm.name}: n = {len(arm.seeds)}; {why}" for arm in few]
     for a in candidates:
@@ -640,7 +640,7 @@ def _sequential_sentence(
     if hopeless:
         return (
             f"{name} is not better than {c.over}, as far as {plan.limit} seeds could show: its lead is {lead} "
-            f"({spread}; n = {n}; {when}), and more seeds would hardly find it better"
+            f"({spread}; n = {n}; {when}), and more seeds would hardly show it to be better"
         )
     if word == "not better":
         return (
@@ -706,13 +706,13 @@ def _notes_on_better(j: Judged, metric: JudgedMetric) -> Sentences:
     for c in j.comparisons:
         if c.images is not None and c.images[0] <= 0:
             yield (
-                f"{j.name} over {c.over}: the interval over test images is {metric.interval(*c.images)}, so the "
-                "lead holds on this test set and may not on another of its size"
+                f"{j.name} over {c.over}: the interval over test images is {metric.interval(*c.images)}, so the lead "
+                "holds on this test set but may not hold on another of the same size"
             )
 
 
 TWO_SEEDS = (
-    "n = 2: the spread comes from one difference, so only very large leads can be told from luck"
+    "n = 2: the spread comes from one difference, so only very large leads can be told from chance"
 )
 
 
