@@ -61,9 +61,13 @@ def driver() -> Figures:
     return found
 
 
+UNCOMPILED = ("tests/test_gpu.py", "-m", "gpu", "-k", "not -on]")
+"""Words of pytest for the tests of a GPU but those with `compile: on`."""
+
+
 def tests() -> Figures:
     """The tests of a GPU that compile nothing: whole epochs of all objectives, without a wait."""
-    return pytest("tests/test_gpu.py", "-m", "gpu", "-k", "not on-")
+    return pytest(*UNCOMPILED)
 
 
 def numbers() -> Figures:

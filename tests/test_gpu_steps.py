@@ -1,6 +1,8 @@
 """The steps of `make test-gpu`: one that fails, hangs or gives nothing costs the others nothing."""
 
 import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OBJECTIVES
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -62,6 +65,16 @@ def test_all_steps_run_in_their_order_within_15_minutes_whatever_ends_badly(
     assert [row["step"] for row in rows] == list(steps.STEPS)
     assert sum(limit for _, limit in steps.STEPS.values()) <= 900
     assert steps.run_all(["driver"], tmp_path, {}) == 0
+
+
+@pytest.mark.slow
+def test_the_step_of_tests_compiles_nothing_and_has_all_objectives(steps: Any) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-vv", *steps.UNCOMPILED]
+    run = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
+    learn = re.findall(r"test_students_learn_real_digits\[(.*)\]", run.stdout)
+    assert learn == ["fp32-off", "bf16-off"], run.stdout + run.stderr
+    waits = re.findall(r"test_no_step_waits_for_the_device\[(.*)\]", run.stdout)
+    assert set(waits) == {f"{o.name}-{kept}" for o in OBJECTIVES for kept in ("bank", "online")}
 
 
 def test_without_a_gpu_the_simulated_part_runs_and_that_is_said(
