@@ -18,6 +18,7 @@ from tfkd_ray.run.callbacks import Losses
 from tfkd_ray.run.connect import forget_lessons, give_larger_share
 from tfkd_ray.run.epochs import is_out_of_memory
 from tfkd_ray.run.trial import resources_of
+from tfkd_ray.settings.errors import FAILED
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import read_records
@@ -110,6 +111,24 @@ def test_a_plan_is_probed_on_a_gpu_that_is_lent(
         argv = ["plan", name, "--probe", "--slots", "1", f"gpus_per_worker={gpus}"]
         assert main(argv) == 0
     assert asked == lent * 2
+
+
+@pytest.mark.parametrize("name", ["digits_tfkd", "digits_arms"])
+def test_a_probe_that_cannot_run_is_a_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An old driver, or a net that does not fit on the GPU."""
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def fails(config: TrainConfig) -> float:
+        raise full
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", name, "--probe", "--slots", "1", "gpus_per_worker=1"]) == FAILED
+    assert "tfkd plan: --probe: gpus_per_worker is 1, and torch sees" in capsys.readouterr().err
+    monkeypatch.setattr("tfkd_ray.show.plan._epoch_seconds", fails)
+    assert main(["plan", name, "--probe", "--slots", "1"]) == FAILED
+    assert capsys.readouterr().err == f"tfkd plan: --probe: {full}\n"
 
 
 TOO_LITTLE = (
