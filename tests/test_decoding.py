@@ -1,7 +1,9 @@
 """Image files decoded in processes and from the cache of smaller images: the same images, whatever fails."""
 
+import errno
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,12 +53,19 @@ def test_processes_give_the_images_of_threads(root: Path, cache: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_reader_is_started_again_and_the_images_are_unchanged(root: Path) -> None:
+@pytest.mark.parametrize("when", ["idle", "at work"])
+def test_a_killed_reader_is_started_again_and_the_images_are_unchanged(
+    when: str, root: Path
+) -> None:
     expected = read(root, decode_in="processes", readers=1)
     (idle,) = reader._idle[3 * SIDE * SIDE]
     killed = idle._process
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    if when == "at work":  # it is asked, and does not come to an answer
+        os.kill(killed.pid, signal.SIGSTOP)
+        threading.Timer(1.0, os.kill, [killed.pid, signal.SIGKILL]).start()
+    else:
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
     assert read(root, decode_in="processes", readers=1).equal(expected)
     assert idle._process is not killed
 
@@ -154,6 +163,24 @@ def test_without_room_the_pixels_are_the_same_and_that_is_said_once(
     data = ImageFolder(root=root, num_classes=2, image_size=SIDE, cache="raw")
     monkeypatch.setattr("tfkd_ray.learn.image_files.free_bytes", lambda path: 1000.0)
     assert any("data.cache: raw may need" in note for note in data.notes())
+
+
+@pytest.mark.parametrize("cache", ["raw", 256])
+def test_a_disk_that_is_full_costs_time_alone(
+    root: Path, cache: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        found = read(root, cache=cache)
+    said = capfd.readouterr().err
+    assert said.count("images cannot be kept in") == said.count("No space left on device") == 1
+    assert not [path for path in shrunk.small_images().rglob("*") if path.is_file()]
+    assert read(root, cache=cache).equal(found)
 
 
 def test_the_cache_is_part_of_the_datas_identity_and_readers_are_not(root: Path) -> None:
