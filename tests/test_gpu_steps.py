@@ -91,4 +91,4 @@ def test_without_a_gpu_the_simulated_part_runs_and_that_is_said(
     monkeypatch.setattr(sys, "argv", ["gpu_steps.py"])
     assert steps.main() == 0
     assert "no CUDA GPU here (" in capsys.readouterr().out
-    assert called[0][-2:] == ["tests/test_fake_gpu.py", "tests/test_gpu_look.py"]
+    assert called[0][-4:] == ["-m", "", "tests/test_fake_gpu.py", "tests/test_gpu_look.py"]
