@@ -468,6 +468,8 @@ def main() -> int:
 
     if not args.rehearse and not torch.cuda.is_available():
         return simulated()
+    # so that a step does not outlive this process, and keep its GPU
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     args.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in STEPS if not args.steps or name in args.steps]
     return run_all(names, args.out, {"TFKD_GPU_STEPS": "rehearse"} if args.rehearse else {})

@@ -1,7 +1,9 @@
 """The steps of `make test-gpu`: one that fails, hangs or gives nothing costs the others nothing."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -92,3 +94,17 @@ def test_without_a_gpu_the_simulated_part_runs_and_that_is_said(
     assert steps.main() == 0
     assert "no CUDA GPU here (" in capsys.readouterr().out
     assert called[0][-4:] == ["-m", "", "tests/test_fake_gpu.py", "tests/test_gpu_look.py"]
+
+
+def test_a_step_ends_with_the_process_that_runs_it(
+    steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run_step` ends it whatever is raised, and SIGTERM raises."""
+    monkeypatch.setattr(steps, "run_all", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["gpu_steps.py", "--rehearse", "--out", str(tmp_path)])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            steps.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
