@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -68,6 +69,20 @@ def test_a_killed_reader_is_started_again_and_the_images_are_unchanged(
         killed.wait()
     assert read(root, decode_in="processes", readers=1).equal(expected)
     assert idle._process is not killed
+
+
+@pytest.mark.slow
+def test_a_reader_that_could_not_be_started_again_is_started_by_the_next_request(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read(root, decode_in="processes", readers=1)
+    (idle,) = reader._idle[3 * SIDE * SIDE]
+    idle._process.kill()
+    with monkeypatch.context() as patch:
+        patch.setattr(reader.subprocess, "Popen", Mock(side_effect=BlockingIOError("no process")))
+        with pytest.raises(BlockingIOError):
+            read(root, decode_in="processes", readers=1)
+    assert read(root, decode_in="processes", readers=1).equal(expected)
 
 
 @pytest.mark.slow
