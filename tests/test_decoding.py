@@ -1,6 +1,7 @@
 """Image files decoded in processes and from the cache of smaller images: the same images, whatever fails."""
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ from test_folder import VIEWS, photograph, write_folder
 from torch import Tensor
 
 from tfkd_ray.learn import images as images_module
-from tfkd_ray.learn import reader, shrunk
+from tfkd_ray.learn import reader, shrunk, teachers
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder
 from tfkd_ray.learn.images import Files, FolderSet, crop_box, decode_into
@@ -198,7 +199,9 @@ def test_a_disk_that_is_full_costs_time_alone(
     assert read(root, cache=cache).equal(found)
 
 
-def test_the_cache_is_part_of_the_datas_identity_and_readers_are_not(root: Path) -> None:
+def test_the_cache_is_part_of_the_datas_identity_and_readers_are_not(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = ImageFolder(root=root, num_classes=2, image_size=224)
     of = [
         data.model_copy(update=update).identity()
@@ -207,6 +210,17 @@ def test_the_cache_is_part_of_the_datas_identity_and_readers_are_not(root: Path)
     assert of[0] == of[3] and not {"cache", "decode_in"} & set(of[0])
     assert of[1]["cache"] == "raw, short side 256, bilinear"
     assert of[2]["cache"] == "256, short side 256, bilinear, JPEG 90"
+    tree: dict[str, Any] = {"objective": "kd", "student": "cnn", "teacher": {"model": "cnn"}}
+    tree["optim"] = {"batch_size": 4}
+    runs, banks = set(), set()
+    for cache in ("none", "raw", 256):
+        run = validated(TrainConfig, {**tree, "data": {**data.model_dump(), "cache": cache}})
+        runs |= {run.fingerprint(), run.teacher_runs()[0].fingerprint()}
+        monkeypatch.setattr(teachers, "is_here", lambda *given: True)
+        monkeypatch.setattr(teachers, "describe", lambda *given: {"sha256": "the same"})
+        monkeypatch.setattr(teachers, "Bank", lambda load, of, **more: banks.add(json.dumps(of)))
+        teachers.bank_of(run, root)
+    assert len(runs) == 6 and len(banks) == 3
 
 
 def test_reader_processes_need_as_many_cpus(root: Path) -> None:
