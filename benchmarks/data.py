@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,11 +64,15 @@ def load(root: str) -> float:
     return time.perf_counter() - start
 
 
-def decode(root: str, readers: int) -> float:
+def decode(
+    root: str, readers: int, decode_in: Literal["threads", "processes"] = "threads"
+) -> float:
     """Return the random crops of 224 decoded in a second."""
-    data = ImageFolder(root=Path(root), num_classes=2, readers=readers, val_fraction=0.0)
-    images, _ = data.load()
+    folder = ImageFolder(root=Path(root), num_classes=2, readers=readers, val_fraction=0.0)
+    images, _ = folder.model_copy(update={"decode_in": decode_in}).load()
     crops = torch.rand(len(images), 4, generator=torch.Generator().manual_seed(0))
+    for _ in images.read([torch.arange(len(images))[: 8 * readers]], crops):
+        pass  # starts the processes
     start = time.perf_counter()
     for _ in images.read(list(torch.arange(len(images)).split(50)), crops):
         pass

@@ -61,9 +61,13 @@ def driver() -> Figures:
     return found
 
 
+UNCOMPILED = ("tests/test_gpu.py", "-m", "gpu", "-k", "not -on]")
+"""Words of pytest for the tests of a GPU but those with `compile: on`."""
+
+
 def tests() -> Figures:
     """The tests of a GPU that compile nothing: whole epochs of all objectives, without a wait."""
-    return pytest("tests/test_gpu.py", "-m", "gpu", "-k", "not on-")
+    return pytest(*UNCOMPILED)
 
 
 def numbers() -> Figures:
@@ -205,7 +209,7 @@ def profile() -> Figures:
 
 
 def jpeg() -> Figures:
-    """Crops of 224 from JPEGs: readers alone, and under training of ResNet-50."""
+    """Crops of 224 from JPEGs: threads and processes alone, and processes under training of ResNet-50."""
     from data import decode, write_jpegs
 
     from tfkd_ray.learn.loop import train
@@ -214,15 +218,17 @@ def jpeg() -> Figures:
     with tempfile.TemporaryDirectory() as root:
         write_jpegs(Path(root), 40 if REHEARSED else 2000)
         for readers in (2,) if REHEARSED else (4, 8, 16):
-            found[f"{readers} readers alone"] = decode(root, readers)
+            for place in ("threads", "processes"):
+                found[f"{readers} {place} alone"] = decode(root, readers, place)
             data = {"name": "image_folder", "root": root, "num_classes": 2, "readers": readers}
-            data |= {"val_fraction": 0.0, "image_size": 32 if REHEARSED else 224}
+            data |= {"decode_in": "processes", "val_fraction": 0.0}
+            data |= {"image_size": 32 if REHEARSED else 224}
             student = "cnn" if REHEARSED else "resnet50"
             size = {"batch_size": 16 if REHEARSED else 128}
             tree = {"data": data, "student": student, "epochs": 2, "optim": size}
             tree |= {"recipe": "modern", "cpus_per_worker": readers}
             *_, last = train(small(**tree))
-            found[f"{readers} readers, training"] = last.metrics["images_per_s"]
+            found[f"{readers} processes, training"] = last.metrics["images_per_s"]
     return found
 
 
@@ -436,7 +442,9 @@ def simulated() -> int:
 
     print(f"gpu_steps: no CUDA GPU here ({why_no_gpu()}): only what simulates one runs", flush=True)
     tests = ["tests/test_fake_gpu.py", "tests/test_gpu_look.py"]
-    return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=HERE.parent).returncode
+    # all of them: those that are marked `long`, too, which are most of the objectives
+    command = [sys.executable, "-m", "pytest", "-m", "", *tests]
+    return subprocess.run(command, cwd=HERE.parent).returncode
 
 
 def main() -> int:
@@ -460,6 +468,8 @@ def main() -> int:
 
     if not args.rehearse and not torch.cuda.is_available():
         return simulated()
+    # so that a step does not outlive this process, and keep its GPU
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     args.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in STEPS if not args.steps or name in args.steps]
     return run_all(names, args.out, {"TFKD_GPU_STEPS": "rehearse"} if args.rehearse else {})

@@ -28,6 +28,7 @@ from tfkd_ray.launch import jobs
 from tfkd_ray.launch.check import check, node_types
 from tfkd_ray.launch.clusterfile import load_cluster
 from tfkd_ray.launch.jobs import stage
+from tfkd_ray.launch.ray_rules import CUDA_DRIVER
 from tfkd_ray.launch.verbs import PLACES, SENT, job_words
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.space.space import build_space
@@ -131,6 +132,29 @@ def test_the_image_is_built_on_the_files_ray_and_a_cluster_file_may_name_it(tmp_
     )
     (tmp_path / "mine.yaml").write_text(text.replace(base, tag))
     assert check(load_cluster(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("name", [*INSTALLING, "slurm.sh"])
+def test_the_files_say_how_trials_share_a_gpu_and_which_driver_they_need(name: str) -> None:
+    assert "nvidia-cuda-mps-control -d" in TEXTS[name]
+    assert re.search(rf"[Dd]river,? {CUDA_DRIVER}", TEXTS[name])
+
+
+@pytest.mark.parametrize("name", INSTALLING[:3])
+def test_a_new_machine_waits_for_its_package_lists_and_for_who_installs_already(name: str) -> None:
+    commands = load_cluster(ROOT / "clusters" / name).tree["initialization_commands"]
+    (line,) = (line for line in commands if "apt-get" in line)
+    assert re.search(
+        r"apt-get update .*apt-get -o DPkg::Lock::Timeout=\d+ install .*nfs-common", line
+    )
+    assert commands.index(line) < next(k for k, c in enumerate(commands) if "mount -t nfs" in c)
+
+
+def test_machines_of_g2_have_a_disk_that_they_take() -> None:
+    types = load_cluster(ROOT / "clusters/gcp-gpu.yaml").tree["available_node_types"]
+    on_g2 = [t["node_config"] for t in types.values() if "g2-" in t["node_config"]["machineType"]]
+    disks = [disk["initializeParams"]["diskType"] for node in on_g2 for disk in node["disks"]]
+    assert len(disks) == 2 and all(disk.endswith("/pd-balanced") for disk in disks)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from conftest import ROOT, Run
 from safetensors.numpy import load_file
 from test_data import pickled, write_cifar
 from test_folder import write_folder
+from test_loop import float32_precisions
 
 from tfkd_ray.learn.checkpoint import WEIGHTS, save_weights
 from tfkd_ray.learn.data import Digits
@@ -288,6 +289,19 @@ def test_a_gpu_for_the_test_split_is_lent_by_ray(
     with confirm._opened_test(Path(), runs):
         pass
     assert used == ([where, "closed"] if "lent" in where else [where])
+
+
+def test_the_test_split_is_judged_in_exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def looked(network: Any, images: Any, data: Any) -> Any:
+        seen.extend(float32_precisions())
+        yield torch.zeros(1, 2), torch.zeros(1)
+
+    monkeypatch.setattr(confirm, "predictions", looked)
+    network, data, labels = Any, Any, SimpleNamespace(device=torch.device("cuda", 0))
+    confirm._logits(network, data, SimpleNamespace(labels=labels))  # type: ignore[arg-type]
+    assert seen == ["ieee"] * 3
 
 
 @pytest.mark.ray

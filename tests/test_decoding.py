@@ -1,10 +1,14 @@
 """Image files decoded in processes and from the cache of smaller images: the same images, whatever fails."""
 
+import errno
+import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from test_folder import VIEWS, photograph, write_folder
 from torch import Tensor
 
 from tfkd_ray.learn import images as images_module
-from tfkd_ray.learn import reader, shrunk
+from tfkd_ray.learn import reader, shrunk, teachers
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder
 from tfkd_ray.learn.images import Files, FolderSet, crop_box, decode_into
@@ -51,14 +55,35 @@ def test_processes_give_the_images_of_threads(root: Path, cache: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_reader_is_started_again_and_the_images_are_unchanged(root: Path) -> None:
+@pytest.mark.parametrize("when", ["idle", "at work"])
+def test_a_killed_reader_is_started_again_and_the_images_are_unchanged(
+    when: str, root: Path
+) -> None:
     expected = read(root, decode_in="processes", readers=1)
     (idle,) = reader._idle[3 * SIDE * SIDE]
     killed = idle._process
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    if when == "at work":  # it is asked, and does not come to an answer
+        os.kill(killed.pid, signal.SIGSTOP)
+        threading.Timer(1.0, os.kill, [killed.pid, signal.SIGKILL]).start()
+    else:
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
     assert read(root, decode_in="processes", readers=1).equal(expected)
     assert idle._process is not killed
+
+
+@pytest.mark.slow
+def test_a_reader_that_could_not_be_started_again_is_started_by_the_next_request(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read(root, decode_in="processes", readers=1)
+    (idle,) = reader._idle[3 * SIDE * SIDE]
+    idle._process.kill()
+    with monkeypatch.context() as patch:
+        patch.setattr(reader.subprocess, "Popen", Mock(side_effect=BlockingIOError("no process")))
+        with pytest.raises(BlockingIOError):
+            read(root, decode_in="processes", readers=1)
+    assert read(root, decode_in="processes", readers=1).equal(expected)
 
 
 @pytest.mark.slow
@@ -156,7 +181,27 @@ def test_without_room_the_pixels_are_the_same_and_that_is_said_once(
     assert any("data.cache: raw may need" in note for note in data.notes())
 
 
-def test_the_cache_is_part_of_the_datas_identity_and_readers_are_not(root: Path) -> None:
+@pytest.mark.parametrize("cache", ["raw", 256])
+def test_a_disk_that_is_full_costs_time_alone(
+    root: Path, cache: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        found = read(root, cache=cache)
+    said = capfd.readouterr().err
+    assert said.count("images cannot be kept in") == said.count("No space left on device") == 1
+    assert not [path for path in shrunk.small_images().rglob("*") if path.is_file()]
+    assert read(root, cache=cache).equal(found)
+
+
+def test_the_cache_is_part_of_the_datas_identity_and_readers_are_not(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = ImageFolder(root=root, num_classes=2, image_size=224)
     of = [
         data.model_copy(update=update).identity()
@@ -165,6 +210,17 @@ def test_the_cache_is_part_of_the_datas_identity_and_readers_are_not(root: Path)
     assert of[0] == of[3] and not {"cache", "decode_in"} & set(of[0])
     assert of[1]["cache"] == "raw, short side 256, bilinear"
     assert of[2]["cache"] == "256, short side 256, bilinear, JPEG 90"
+    tree: dict[str, Any] = {"objective": "kd", "student": "cnn", "teacher": {"model": "cnn"}}
+    tree["optim"] = {"batch_size": 4}
+    runs, banks = set(), set()
+    for cache in ("none", "raw", 256):
+        run = validated(TrainConfig, {**tree, "data": {**data.model_dump(), "cache": cache}})
+        runs |= {run.fingerprint(), run.teacher_runs()[0].fingerprint()}
+        monkeypatch.setattr(teachers, "is_here", lambda *given: True)
+        monkeypatch.setattr(teachers, "describe", lambda *given: {"sha256": "the same"})
+        monkeypatch.setattr(teachers, "Bank", lambda load, of, **more: banks.add(json.dumps(of)))
+        teachers.bank_of(run, root)
+    assert len(runs) == 6 and len(banks) == 3
 
 
 def test_reader_processes_need_as_many_cpus(root: Path) -> None:

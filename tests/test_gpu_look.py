@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from tfkd_ray.learn import gpu
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.gpu import GpuLook, gpu_trouble, has_code_for, look_at_gpu, why_no_gpu
 from tfkd_ray.learn.loop import train
-from tfkd_ray.run import callbacks, nodes
+from tfkd_ray.run import callbacks, connect, group, nodes
+from tfkd_ray.run.trial import resources_of
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 
@@ -203,3 +205,25 @@ def test_shared_soft_labels_lie_on_the_drivers_node_in_a_third_of_its_store(
     monkeypatch.setattr(callbacks.ray, "remote", lambda kind: Shelf())
     callbacks.SoftLabels(tmp_path).on_begin()
     assert seen["limit"] == 300 and seen["scheduling_strategy"] == "beside the driver"
+
+
+def test_shelf_and_desks_are_placed_beside_the_process_that_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = "aa" * 28, "bb" * 28
+    stores = {there: 100.0, here: 900.0}
+    known = [{"NodeID": n, "Resources": {"object_store_memory": s}} for n, s in stores.items()]
+    context = SimpleNamespace(get_node_id=lambda: here, gcs_address="192.0.2.1:6379")
+    monkeypatch.setattr(connect.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(connect.ray, "nodes", lambda: known)
+    assert connect.object_store_here() == 900
+    assert connect.on_this_node().node_id == here
+    asked: dict[str, Any] = {}
+    actor = SimpleNamespace(remote=lambda *given: None)
+    desk = SimpleNamespace(options=lambda **settings: asked.update(settings) or actor)
+    monkeypatch.setattr(group.ray, "remote", lambda kind: desk)
+    run = validated(TrainConfig, {"objective": "ce", "student": "mlp", "workers": 2})
+    group.WorkerGroup(run, tmp_path)._start([])
+    assert asked["scheduling_strategy"].node_id == here
+    (bundle,) = resources_of(run).bundles  # of the process that asks: a trial on the head
+    assert set(bundle) == {connect.DRIVER}

@@ -1,6 +1,10 @@
 """The steps of `make test-gpu`: one that fails, hangs or gives nothing costs the others nothing."""
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OBJECTIVES
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -64,6 +69,16 @@ def test_all_steps_run_in_their_order_within_15_minutes_whatever_ends_badly(
     assert steps.run_all(["driver"], tmp_path, {}) == 0
 
 
+@pytest.mark.slow
+def test_the_step_of_tests_compiles_nothing_and_has_all_objectives(steps: Any) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-vv", *steps.UNCOMPILED]
+    run = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
+    learn = re.findall(r"test_students_learn_real_digits\[(.*)\]", run.stdout)
+    assert learn == ["fp32-off", "bf16-off"], run.stdout + run.stderr
+    waits = re.findall(r"test_no_step_waits_for_the_device\[(.*)\]", run.stdout)
+    assert set(waits) == {f"{o.name}-{kept}" for o in OBJECTIVES for kept in ("bank", "online")}
+
+
 def test_without_a_gpu_the_simulated_part_runs_and_that_is_said(
     steps: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,4 +93,18 @@ def test_without_a_gpu_the_simulated_part_runs_and_that_is_said(
     monkeypatch.setattr(sys, "argv", ["gpu_steps.py"])
     assert steps.main() == 0
     assert "no CUDA GPU here (" in capsys.readouterr().out
-    assert called[0][-2:] == ["tests/test_fake_gpu.py", "tests/test_gpu_look.py"]
+    assert called[0][-4:] == ["-m", "", "tests/test_fake_gpu.py", "tests/test_gpu_look.py"]
+
+
+def test_a_step_ends_with_the_process_that_runs_it(
+    steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run_step` ends it whatever is raised, and SIGTERM raises."""
+    monkeypatch.setattr(steps, "run_all", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["gpu_steps.py", "--rehearse", "--out", str(tmp_path)])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            steps.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)

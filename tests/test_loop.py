@@ -146,6 +146,34 @@ def test_an_epoch_is_the_textbook_loop() -> None:
         assert torch.allclose(ours[name], value, atol=1e-6), name
 
 
+def test_no_gradient_is_in_memory_during_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, learn = [], loop._learn
+
+    def looked(forward: Any, *given: Any) -> Any:
+        held.append(any(p.grad is not None for p in forward.parameters()))
+        return learn(forward, *given)
+
+    monkeypatch.setattr(loop, "_learn", looked)
+    next(train(config(epochs=1)))
+    assert len(held) > 1 and not any(held)
+
+
+def test_a_step_seeds_as_torch_does_without_a_look_at_each_kind_of_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    c = config(student={"name": "mlp", "hidden": [16], "dropout": 0.5}, epochs=1)
+    ours, called, seed_all = numbers(list(train(c))), list[int](), torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: called.append(seed) or seed_all(seed))
+    assert numbers(list(train(c))) == ours and len(called) < 2
+    monkeypatch.setattr(loop, "_seed_generators", lambda device, seed: torch.manual_seed(seed))
+    assert numbers(list(train(c))) == ours and len(called) > 2
+    gpus = [torch.Generator(), torch.Generator()]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+    loop._seed_generators(torch.device("cuda", 1), 7)
+    assert [g.initial_seed() == 7 for g in gpus] == [False, True]
+
+
 def test_students_learn_real_digits() -> None:
     last = list(train(config(epochs=15, student={"name": "mlp", "hidden": [32]})))[-1].metrics
     assert last["val_accuracy"] > 0.93 and last["val_nll"] < 0.3
@@ -746,6 +774,19 @@ def test_several_workers_compile_the_student_before_ddp_wraps_it(
         )  # of the last batch, 63, it has 32, too
     for name, value in states[0].items():
         assert (states[1][name] - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "gpus, workers, mode", [(1, 1, "reduce-overhead"), (1, 2, None), (0, 1, None)]
+)
+def test_one_worker_on_a_gpu_replays_cuda_graphs_and_of_several_none(
+    gpus: int, workers: int, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **s: asked.append(s["mode"]) or module)
+    monkeypatch.setattr(loop, "_COMPILED", {})
+    loop.compiled(nn.Linear(1, 1), config(gpus_per_worker=gpus, workers=workers), 100)
+    assert asked == [mode]
 
 
 @pytest.mark.parametrize(

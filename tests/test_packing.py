@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,13 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
 from tfkd_ray.cli.main import main
+from tfkd_ray.learn import loop
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.run.callbacks import Losses
 from tfkd_ray.run.connect import forget_lessons, give_larger_share
 from tfkd_ray.run.epochs import is_out_of_memory
-from tfkd_ray.run.trial import resources_of
+from tfkd_ray.run.trial import StudentTrial, resources_of
+from tfkd_ray.settings.errors import FAILED
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import read_records
@@ -112,6 +117,24 @@ def test_a_plan_is_probed_on_a_gpu_that_is_lent(
     assert asked == lent * 2
 
 
+@pytest.mark.parametrize("name", ["digits_tfkd", "digits_arms"])
+def test_a_probe_that_cannot_run_is_a_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An old driver, or a net that does not fit on the GPU."""
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def fails(config: TrainConfig) -> float:
+        raise full
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", name, "--probe", "--slots", "1", "gpus_per_worker=1"]) == FAILED
+    assert "tfkd plan: --probe: gpus_per_worker is 1, and torch sees" in capsys.readouterr().err
+    monkeypatch.setattr("tfkd_ray.show.plan._epoch_seconds", fails)
+    assert main(["plan", name, "--probe", "--slots", "1"]) == FAILED
+    assert capsys.readouterr().err == f"tfkd plan: --probe: {full}\n"
+
+
 TOO_LITTLE = (
     "its share of a GPU (0.25) had too little memory in epoch 2, and its retries were used up"
 )
@@ -203,6 +226,31 @@ def test_what_one_trial_learns_of_a_gpus_memory_the_rest_of_the_sweep_knows(
         assert trial.placement_group_factory.required_resources == {"CPU": 1, "GPU": enough}
     forget_lessons()
     assert share_of_next() == 0.2
+
+
+@pytest.mark.parametrize("share, given_back", [(0.25, [False, True]), (1, []), (0, [])])
+def test_a_process_gives_memory_back_between_trials_that_share_a_gpu(
+    share: float, given_back: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the batches where a run ends, and the network's once nothing holds it."""
+    networks, found, new_student = [], [], loop._new_student
+
+    def watched(*given: Any) -> Any:
+        student, unused = new_student(*given)
+        networks.append(weakref.ref(student))
+        return student, unused
+
+    monkeypatch.setattr(loop, "_new_student", watched)
+    monkeypatch.setattr(loop, "device_of", lambda config: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(networks[0]() is None))
+    monkeypatch.setattr(StudentTrial, "_begin", lambda trial, config: None)
+    tree = {"objective": "ce", "student": "mlp", "gpus_per_worker": share, "epochs": 2}
+    trial = object.__new__(StudentTrial)
+    request = PlacementGroupFactory([{"CPU": 1, "GPU": share}])
+    trial._trial_info = SimpleNamespace(trial_resources=request)
+    trial._epochs = loop.train_in(tmp_path, validated(TrainConfig, tree))
+    assert [next(trial._epochs)["epoch"] for _ in range(2)] == [1, 2]
+    assert trial.reset_config({}) and found == given_back
 
 
 @pytest.mark.parametrize(

@@ -27,16 +27,18 @@ from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.learn.teachers import train_teacher
 from tfkd_ray.run import connect as cluster
+from tfkd_ray.run import tune as sweep
 from tfkd_ray.run.callbacks import Lock, Losses, NoNodeLeft, Recorder
 from tfkd_ray.run.connect import check_ray, check_room
 from tfkd_ray.run.epochs import is_of_broken_gpu
 from tfkd_ray.run.journal import open_journal
 from tfkd_ray.run.tune import TeacherFailed, _overridden, build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.listener import Announcer
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import read_experiment, read_record, read_records
-from tfkd_ray.store.storage import experiment_of
+from tfkd_ray.store.storage import Directory, experiment_of
 
 pytestmark = pytest.mark.ray
 
@@ -653,6 +655,30 @@ def test_what_is_removed_of_a_trial_that_runs_is_said_and_written_again(tmp_path
     )
 
 
+# --- GPUs
+
+
+@pytest.mark.parametrize("gpus", [1, 0.25, 0])
+def test_a_sweep_on_gpus_looks_at_them_and_its_teachers_get_what_a_worker_gets(
+    gpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bool] = []
+    for name in ("connect", "check_room", "check_shared"):
+        monkeypatch.setattr(sweep, name, lambda *given, **more: None)
+    monkeypatch.setattr(sweep, "check_gpus", lambda: looked.append(True))
+    teacher = {"model": {"name": "mlp"}, "weights": str(tmp_path / "w.pt")}
+    tree = {"objective": "kd", "student": "mlp", "teacher": teacher, "cpus_per_worker": 2}
+    config = validated(TrainConfig, {**tree, "gpus_per_worker": gpus})
+    sweep.prepare(config, Directory(tmp_path), notes=[])
+    assert looked == ([True] if gpus else [])
+    asked: dict[str, Any] = {}
+    task = SimpleNamespace(remote=lambda *given: None)
+    there = SimpleNamespace(options=lambda **settings: asked.update(settings) or task)
+    monkeypatch.setattr(sweep.ray, "remote", lambda function: there)
+    sweep._begun_teacher(config.teacher_runs()[0], Directory(tmp_path))
+    assert (asked["num_cpus"], asked["num_gpus"]) == (2, gpus)
+
+
 # --- a GPU that is broken
 
 
@@ -670,6 +696,15 @@ BROKEN = {
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"
     ),
     "no GPU": RuntimeError("gpus_per_worker is 1, and torch sees no GPU here"),
+    "another architecture": RuntimeError(
+        "gpus_per_worker is 1, and Tesla V100 has compute capability 7.0, and torch 2.14.1 has code for sm_80"
+    ),
+    "no code": torch.AcceleratorError(
+        "CUDA error: no kernel image is available for execution on the device"
+    ),
+    "old driver": RuntimeError(
+        "CUDA error: CUDA driver version is insufficient for CUDA runtime version"
+    ),
 }
 SOUND = {
     "memory": torch.OutOfMemoryError("CUDA out of memory"),

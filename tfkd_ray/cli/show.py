@@ -139,6 +139,14 @@ def _of_unlabelled(example: "TrainConfig", ratios: Sequence[float]) -> str:
 
 
 def plan_verb(args: Namespace) -> int:
+    try:
+        return _plan(args)
+    except ProbeFailed as error:
+        say_error(f"tfkd plan: {error}")
+        return FAILED
+
+
+def _plan(args: Namespace) -> int:
     from tfkd_ray.show.plan import lines, plan, slots_here
     from tfkd_ray.space.arms import is_arms_file
 
@@ -184,6 +192,10 @@ def _plan_comparison(args: Namespace) -> int:
     return OK
 
 
+class ProbeFailed(Exception):
+    """The training that `plan --probe` measures failed: no GPU that torch can use, no memory."""
+
+
 def _maybe_probed(
     example: "TrainConfig", make: Callable[..., "SweepPlan"], *, probe: bool
 ) -> "SweepPlan":
@@ -191,11 +203,15 @@ def _maybe_probed(
     if not probe:
         return make()
     example.data.check()
-    if not example.gpus_per_worker:
-        return make(probe=True)
-    from tfkd_ray.run.lent import with_a_gpu
+    probed = functools.partial(make, probe=True)
+    try:
+        if not example.gpus_per_worker:
+            return probed()
+        from tfkd_ray.run.lent import with_a_gpu
 
-    return with_a_gpu(min(1.0, example.gpus_per_worker), functools.partial(make, probe=True))
+        return with_a_gpu(min(1.0, example.gpus_per_worker), probed)
+    except (ArithmeticError, RuntimeError) as error:
+        raise ProbeFailed(f"--probe: {error}") from None
 
 
 def explain_verb(args: Namespace) -> int:

@@ -91,7 +91,7 @@ class _Reader:
     def _asked(self, request: bytes) -> bytes | None:
         """Return the answer; None if the process has ended."""
         assert self._process.stdin and self._process.stdout, f"{self._process=}"
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: its pipes are closed
             self._process.stdin.write(request)
             self._process.stdin.flush()
             answer = self._process.stdout.readline()

@@ -161,6 +161,7 @@ _BROKEN = re.compile(
     "|hardware stack error|launch timed out|un(specified|known) launch failure|CUDA error: un(specified|known)"
     r"|uncorrectable (ECC|NVLink)|ECC error|\bXid\b|nvlink or a hardware error|fallen off the bus|GPU is lost"
     "|devices? (is/)?(is|are) busy or unavailable|no CUDA-capable device|no CUDA GPUs are available|torch sees no GPU"
+    "|has compute capability|no kernel image is available|driver version is insufficient"
     "|ncclRemoteError|ncclUnhandledCudaError|remote process exited|(CUBLAS|CUDNN)_STATUS_EXECUTION_FAILED",
     re.IGNORECASE,
 )

@@ -80,6 +80,9 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             Exception
         ):  # an error while closing the previous trial must not fail this one
             stop_epochs(self._epochs)
+        self._epochs = iter(())  # the last that holds the previous network and its data
+        if 0 < _gpu_of(self) < 1:  # others on this GPU may need what torch keeps of them
+            torch.cuda.empty_cache()
         self._begin(new_config)
         return True
 
@@ -181,7 +184,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         write_text(folder / "error.txt", trace)
         with suppress(OSError):  # the reason is reported anyway
             storage.send(folder / "error.txt")
-        share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
+        share = _gpu_of(self)
         if is_out_of_memory(error) and 0 < share < 1:
             write_text(folder / OUT_OF_MEMORY, str(share))
             storage.send(folder / OUT_OF_MEMORY)
@@ -197,6 +200,12 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
                 self._epochs.close()  # saves if necessary
         if self._group is not None:
             self._group.close()
+
+
+def _gpu_of(trial: StudentTrial) -> float:
+    """Return the share of a GPU that Ray has lent to a trial's process."""
+    resources = trial.trial_resources
+    return float(resources.required_resources.get("GPU", 0)) if resources else 0.0
 
 
 def _gpu_answers() -> bool:
