@@ -114,6 +114,22 @@ def test_no_objective_waits_for_the_device(
     assert_only_epochs_wait(c, tmp_path)
 
 
+def test_the_next_view_of_the_bank_is_read_while_an_epoch_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[dict[str, Any], int]] = []
+
+    def read_ahead(bank: Bank, view: dict[str, Any], count: int, *_: Any, top: bool) -> None:
+        asked.append((view, count))
+
+    monkeypatch.setattr(Bank, "read_ahead", read_ahead)
+    teacher = {"model": {"name": "cnn", "widths": [4]}, "labels": "bank"}
+    c = run("memory", tmp_path, objective=KD, teacher=teacher)
+    assert_only_epochs_wait(c, tmp_path)
+    images = len(c.data.load()[0])
+    assert asked == [(c.augment.key(c.seed, 1), images)]  # of two epochs: the second one's
+
+
 INGREDIENTS = {
     "mixed": {"augment": {**VIEWS, "mixup": 0.2, "cutmix": 1, "erase": 0.5, "flip": "alternating"}},
     "trivial": {"augment": {**VIEWS, "trivial": True, "mixup": 0.2}},

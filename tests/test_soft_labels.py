@@ -384,6 +384,39 @@ def test_a_file_is_read_for_its_checksum_once_a_process_and_again_when_it_change
     assert once <= 1 and len(computed) == once + 1
 
 
+@pytest.mark.parametrize("top", [False, True])
+def test_a_view_that_was_read_ahead_needs_no_checksum_when_its_epoch_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top: bool
+) -> None:
+    logits = torch.randn(N, 60, generator=torch.Generator().manual_seed(1))
+
+    def labels(of: Bank) -> Tensor:
+        kept = of.top_logits if top else of.logits
+        return kept({"epoch": 2}, N, 60, lambda network, index: logits[index])
+
+    first = labels(bank(tmp_path)).clone()
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)  # as another process writes it: unknown to this one
+    monkeypatch.setattr(soft_labels, "_intact", set())
+    bank(tmp_path).read_ahead({"epoch": 2}, N, 60, top=top).join()
+    monkeypatch.setattr(soft_labels, "_checksum", lambda logits: pytest.fail("not read ahead"))
+    assert labels(bank(tmp_path)).equal(first)
+
+
+def test_what_is_read_ahead_may_be_missing_or_another_view(tmp_path: Path) -> None:
+    bank(tmp_path).read_ahead({"epoch": 1}, N, K).join()  # of which no file is there
+    assert not files(tmp_path)
+    bank(tmp_path).logits({"epoch": 1}, N, K, Counted())
+    (path,) = files(tmp_path)
+    place, _ = bank(tmp_path)._file_of({"epoch": 2}, [N, K])
+    path.rename(place)  # the thread leaves it, the epoch that needs it raises
+    bank(tmp_path).read_ahead({"epoch": 2}, N, K).join()
+    with pytest.raises(ValueError, match="soft labels of another epoch"):
+        bank(tmp_path).logits({"epoch": 2}, N, K, Counted())
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped"])
 def test_a_damaged_file_is_computed_again(tmp_path: Path, harm: str) -> None:
     first = bank(tmp_path).logits({"epoch": 1}, N, K, Counted()).clone()

@@ -523,11 +523,21 @@ class _Lesson:
             self._check_top(key, seen)
         self._of_train = self._banked_labels(key, self._count, seen).to(self.device)
         self._rest()
+        self._read_ahead(key, epoch + 1)
         if self._layers and key != self._rows_of:
             numbers = numbers_of(self._layers)
             rows = self._bank.features(key, self._count, list(self._layers), numbers, ask_layers)
             self._rows, self._rows_of = rows.to(self.device), key
             self._rest()
+
+    def _read_ahead(self, key: dict[str, Any], following: int) -> None:
+        """Read the logits of the next epoch's view while a GPU trains, if a file has them."""
+        config = self._config
+        if self.device.type == "cpu" or following >= config.epochs:
+            return
+        soon = config.augment.key(config.seed, following)
+        if soon != key and self._bank is not None:
+            self._bank.read_ahead(soon, self._count, config.data.num_classes, top=self._top)
 
     def _fits(self, count: int) -> bool:
         """Return whether the logits of as many images fit in the bank."""

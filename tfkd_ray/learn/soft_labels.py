@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -119,8 +120,8 @@ class Bank:
 
         Else like `logits`.
         """
-        of_top = {**view, "kept": f"top {top_labels.KEPT} of {num_classes}"}
-        return self._found(of_top, [count, top_labels.COLUMNS], compute, _top)
+        shape = [count, top_labels.COLUMNS]
+        return self._found(_of_top(view, num_classes), shape, compute, _top)
 
     def features(
         self,
@@ -143,18 +144,12 @@ class Bank:
         self, view: dict[str, Any], shape: list[int], compute: Compute, kept: Kept
     ) -> Tensor:
         """Return the numbers of a view: of a file, of another node, or computed."""
-        about = {
-            "of": json.dumps(self._of, sort_keys=True),
-            "view": json.dumps(view, sort_keys=True),
-        }
-        about["shape"] = json.dumps(shape)
-        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
-        path = self._folder / f"{name}.safetensors"
+        path, about = self._file_of(view, shape)
         found = _read(path, about)
         if (
             found is None
             and self._elsewhere is not None
-            and (content := self._elsewhere.fetch(name))
+            and (content := self._elsewhere.fetch(path.stem))
         ):
             if self._has_room(len(content)):
                 self._write(path, content)
@@ -164,6 +159,36 @@ class Bank:
         if self.meet is not None:
             self.meet()
         return found
+
+    def read_ahead(
+        self, view: dict[str, Any], count: int, num_classes: int, *, top: bool = False
+    ) -> Thread:
+        """Read the file of a view in a thread, if another run has made it.
+
+        The epoch that needs the view then finds it in memory, with its checksum compared.
+
+        Args:
+            view: key of a view, as of `logits`.
+            count: N.
+            top: that of `top_logits`.
+        """
+        if top:
+            place = self._file_of(_of_top(view, num_classes), [count, top_labels.COLUMNS])
+        else:
+            place = self._file_of(view, [count, num_classes])
+        thread = Thread(target=_read_if_right, args=place, daemon=True)
+        thread.start()
+        return thread
+
+    def _file_of(self, view: dict[str, Any], shape: list[int]) -> tuple[Path, dict[str, str]]:
+        """Return the file of a view, and its header."""
+        about = {
+            "of": json.dumps(self._of, sort_keys=True),
+            "view": json.dumps(view, sort_keys=True),
+        }
+        about["shape"] = json.dumps(shape)
+        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+        return self._folder / f"{name}.safetensors", about
 
     def _filled(
         self, path: Path, about: dict[str, str], shape: list[int], compute: Compute, kept: Kept
@@ -245,6 +270,11 @@ class Bank:
 
 _told: set[Path] = set()
 """Folders for which this process has reported a failure."""
+
+
+def _of_top(view: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """Return the key of the largest logits of a view."""
+    return {**view, "kept": f"top {top_labels.KEPT} of {num_classes}"}
 
 
 def fits(count: int, columns: int) -> bool:
@@ -356,6 +386,12 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
         # marks it as recently used; the time of its content stays
         os.utime(path, ns=(time.time_ns(), facts.st_mtime_ns))
     return logits
+
+
+def _read_if_right(path: Path, about: dict[str, str]) -> None:
+    """Read a file; one of other soft labels is left to the epoch that needs it, which raises."""
+    with contextlib.suppress(ValueError):
+        _read(path, about)
 
 
 _intact: set[tuple[int, ...]] = set()
