@@ -886,8 +886,8 @@ def test_wrong_files_of_tiny_imagenet_get_a_sentence(tmp_path: Path, cache: Path
     path = tmp_path / "train/n00000005/images/n00000005_0.JPEG"
     for raw, sentence in (
         (jpeg(0, side=32), "is 32x32, and all images are 64x64"),
-        (jpeg(0)[:200], r"cannot be read as an image: .*; replace it"),
-        (b"", r"cannot be read as an image: .*; replace it"),
+        (jpeg(0)[:200], r"cannot be read as an image: .*; replace or remove it"),
+        (b"", r"cannot be read as an image: .*; replace or remove it"),
     ):
         path.write_bytes(raw)
         with pytest.raises(ConfigError, match=f"^data tiny_imagenet: {path}: {sentence}"):

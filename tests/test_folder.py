@@ -621,7 +621,7 @@ def test_an_accuracy_of_guessing_is_told(data: ImageFolder) -> None:
     for path in list((data.root / "train/class 1").iterdir())[2:]:
         path.unlink()  # the commonest class is most of validation
     uneven = data.model_copy(update={"split_seed": 1})
-    assert "right on 75.0%" in str(chance_note(uneven, 0.75))
+    assert "classifies 75.0%" in str(chance_note(uneven, 0.75))
 
 
 # --- reading ahead ---------------------------------------------------------------------------------------------
@@ -737,7 +737,7 @@ def test_a_file_that_is_no_image_is_named(data: ImageFolder, spoil: str) -> None
     for crops in (None, torch.full((18, 4), 0.5)):
         with pytest.raises(
             ConfigError,
-            match=f"^data image_folder: {path}: cannot be read as an image: .*; replace it",
+            match=f"^data image_folder: {path}: cannot be read as an image: .*; replace or remove it",
         ):
             list(images.read(list(torch.arange(18).split(3)), crops))
         assert not readers()

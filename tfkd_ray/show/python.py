@@ -111,7 +111,7 @@ def write_report(
         experiment: its directory or URL.
         out: the HTML file.
         figures: a directory for the same figures as SVG and PDF, and for heat maps also as CSV and
-            LaTeX; needs matplotlib.
+            LaTeX.
         comparisons: comparisons that confirm the sweep, whose verdicts come first. None: those
             beside it that do.
         others: other sweeps, which the page shows side by side with it, without verdicts.

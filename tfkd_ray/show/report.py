@@ -6,7 +6,6 @@ write a function that returns one, and add it to `_figures`. A Content-Security-
 the page all network access and foreign scripts; everything read from files is escaped.
 """
 
-import importlib.util
 import math
 import shlex
 import time
@@ -105,16 +104,12 @@ def report(
         experiment: its directory.
         out: the HTML file.
         figures: a directory for the same figures as SVG and PDF, and for heat maps also as CSV
-            and LaTeX (`grid.csv`, `grid-OBJECTIVE.tex`); needs matplotlib.
+            and LaTeX (`grid.csv`, `grid-OBJECTIVE.tex`).
         comparisons: directories of comparisons that confirm the sweep; their verdicts come first.
         others: directories of other sweeps, which the page shows side by side with it.
     """
     page = report_page(experiment, comparisons=comparisons, others=others)
     check_output(out, "-o report.html")
-    if figures is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "--figures: SVG and PDF files are drawn by matplotlib, which is not installed: pip install matplotlib"
-        )
     places = [] if kind_of(out) or output_descriptor(out) is not None else [(out.parent, "-o FILE")]
     for folder, option in (*places, *([(figures, "--figures DIR")] if figures else [])):
         check_writable(folder.absolute(), option)
