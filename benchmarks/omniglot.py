@@ -293,6 +293,8 @@ def arms_of(storage: Path, stage: str) -> Tree:
             for other in OTHERS:
                 own_settings = settings_of(other, record.objective)
                 objective = {**record.config["objective"], **own_settings}
+                if objective == record.config["objective"]:
+                    continue  # the tuned arm itself
                 arms.append(arm(f"{name}-{other}", record, objective=objective, role="reference"))
         return {"title": "Omniglot: settings of other data", "arms": arms}
     kd, rekd = best(storage, "kd", "kd"), best(storage, "rekd", "kd")
@@ -418,6 +420,10 @@ def ended(storage: Path, stages: Sequence[str]) -> dict[str, Tree]:
             found.setdefault(name, {**one, "folder": folder / "trials"})
     if "ce-as-kd" in found:  # one arm, if both have the same settings
         found.setdefault("ce-as-rekd", found["ce-as-kd"])
+    transferred = {f"{name}-{other}": name for name in ("reg", "kd") for other in OTHERS}
+    if transferred.keys() & found.keys():  # likewise: what is left out is the tuned arm
+        for arm_name, tuned in transferred.items():
+            found.setdefault(arm_name, found[tuned])
     return found
 
 
