@@ -130,7 +130,7 @@ def commands_in(line: str) -> Iterator[list[str]]:
 # --- near misses
 
 
-@pytest.mark.parametrize("line", ["status first", "status"])
+@pytest.mark.parametrize("line", ["status first", "status", "confirm first"])
 def test_a_sweep_that_trains_its_teacher_first_is_not_called_missing(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

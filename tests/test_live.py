@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -365,6 +366,22 @@ def test_while_a_teacher_trains_a_terminal_shows_its_epoch(terminal: bool) -> No
     assert ("epoch 12 of 54" in out.getvalue()) == terminal
     assert out.getvalue().endswith("\x1b[2K") or not terminal  # the line is gone
     assert out.getvalue() == "" or terminal
+
+
+def test_in_a_file_a_line_every_half_minute_tells_how_far_a_teacher_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    wait = Waiting(Console(file=out, force_terminal=False, width=80))
+    teacher = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=54)
+    wait.on_teacher_epoch(teacher, {})
+    for epoch in range(1, 41):
+        now[0] += 2
+        wait.on_teacher_epoch(teacher, {"epoch": float(epoch), "val_accuracy": 0.9712})
+    assert out.getvalue().splitlines() == [
+        f"teacher mlp: epoch {epoch} of 54, val_accuracy 0.9712" for epoch in (15, 30)
+    ]
 
 
 def test_what_earlier_sessions_did_counts_and_a_retried_trial_counts_once(tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def _check_sweep_or_arms(file: str) -> None:
     from tfkd_ray.settings.yaml import find_file, is_missing, missing_file
 
     if "://" not in file and is_missing(found := find_file(file, "search_spaces")):
-        raise missing_file(found, "search_spaces", _experiments_here())
+        training = _teacher_in_training(DEFAULT_STORAGE)
+        raise missing_file(found, "search_spaces", _experiments_here(), training)
 
 
 def _check_settings(file: str, overrides: Sequence[str]) -> None:

@@ -407,18 +407,20 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def missing_file(path: Path, folder: str, more: Sequence[str] = ()) -> ConfigError:
+def missing_file(path: Path, folder: str, more: Sequence[str] = (), also: str = "") -> ConfigError:
     """Return an error on a file that is not there; it names the nearest of those that might be meant.
 
     Args:
         folder: of the package, whose files have names.
         more: names of experiments, which would do, too.
+        also: another part of the sentence, on why it may be missing.
     """
     near = _near_file(path, [*shipped_files(folder), *_files_beside(path), *more]) or "."
     listed = " `tfkd spaces` lists what ships with tfkd" if folder == "search_spaces" else ""
     if more:
         listed += ", and `tfkd ls` your experiments"
-    return ConfigError(f"no such file (searched from {Path.cwd()}){near}{listed}".rstrip("."), path)
+    why = f"no such file (searched from {Path.cwd()}){also}{near}{listed}"
+    return ConfigError(why.rstrip("."), path)
 
 
 def _files_beside(path: Path) -> list[str]:

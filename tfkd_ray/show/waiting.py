@@ -1,4 +1,7 @@
-"""A line of a terminal that tells what is waited for, and for how long. In a pipe it shows nothing."""
+"""A line of a terminal that tells what is waited for, and for how long.
+
+In a pipe or a file, lines tell now and then how far a teacher is.
+"""
 
 import time
 from typing import Any
@@ -15,6 +18,8 @@ FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 """What turns while nothing else moves."""
 A_SECOND = 4
 """Drawings a second."""
+LINE_S = 30.0
+"""Seconds between two lines about a teacher where there is no terminal."""
 
 
 class Waiting:
@@ -25,6 +30,7 @@ class Waiting:
         self._live: Live | None = None
         self._text = ""
         self._since = 0.0
+        self._told = 0.0
 
     @property
     def is_seen(self) -> bool:
@@ -69,6 +75,9 @@ class Waiting:
         if "val_accuracy" in metrics:
             text += f", val_accuracy {metrics['val_accuracy']:.4f}"
         self.show(text)
+        if not self.is_seen and time.monotonic() - max(self._since, self._told) >= LINE_S:
+            self._told = time.monotonic()
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Take the line away."""
