@@ -366,8 +366,8 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
     kind = "wide" if short else "wide tall"
     scrolls = "" if short else f" The table of {len(rows):,} trials scrolls."
     return (
-        f"<p>The value is the {escaped(score_of(sweep.metric).title)}: after the last epoch, and below full length "
-        f"(circle) after the last rung.{further}{scrolls} Click on a trial here, or on a point or line below, to mark "
+        f"<p>The value is the {escaped(score_of(sweep.metric).title)} after a trial's last epoch. A trial that was "
+        f"stopped early has a circle, and its value at its last rung.{further}{scrolls} Click on a trial here, or on a point or line below, to mark "
         "it in all views.</p>\n"
         '<div class="controls" hidden><input id="filter" type="search" aria-label="filter" '
         'placeholder="filter: words, or lr&lt;0.1 status=done">'
@@ -476,12 +476,15 @@ def _equivalence(record: Record) -> str:
             f"{config.objective.path}, your own code, which a report does not run: see tfkd explain"
         )
     amount = amounts_to(config.objective, config.data.num_classes)
-    teacher = " (with a synthetic teacher)" if config.objective.needs_teacher else ""
+    teacher = " (calculated with random teacher logits)" if config.objective.needs_teacher else ""
     lsr = f"alpha {amount.lsr.alpha:.3g}"
     if amount.residual < EXPLAIN_TOLERANCE:
         scale = f"{amount.lsr.loss_scale:.3g}"
         return f"this equals label smoothing {lsr} times {scale} within {amount.residual:.1g} of its gradient{teacher}"
-    return f"not label smoothing: the nearest, {lsr}, differs by {100 * amount.residual:.0f} % of the gradient{teacher}"
+    return (
+        f"no label smoothing: even the most similar one, {lsr}, has a gradient that differs by "
+        f"{100 * amount.residual:.0f} %{teacher}"
+    )
 
 
 def _receipt(sweep: Sweep) -> str:
