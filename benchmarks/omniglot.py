@@ -214,7 +214,7 @@ PARTS = (
     Part("Scale, the release re-run: s = 0.0539, smoothing 0.0728", SCALE, scale_claims("rerun")),
     Part("Scale, canonical values of K = 100: s = 0.0595, smoothing 0.16", SCALE, scale_claims("canonical")),
     Part("Scale: learning rate and weight decay tuned on the same recipe", SCALE, TUNED_CLAIMS),
-    Part("Patient KD, beside network A on its own recipe", ("patient", *NETWORK_A), PATIENT_CLAIMS),
+    Part("Patient KD, beside network A on its own recipe", ("patient", *NETWORK_A, "transfer"), PATIENT_CLAIMS),
     Part("Network B: the paper's claims", ("b",), tuple(c for c in CLAIMS if {c.arm, c.over} <= IN_B)),
     Part("Network A, with settings from elsewhere", ("transfer", *NETWORK_A), TRANSFER_CLAIMS),
 )  # fmt: skip
