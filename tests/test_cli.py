@@ -995,6 +995,15 @@ def test_a_directory_comes_before_a_name_and_a_shipped_arms_file_before_an_exper
     assert experiment_place("digits_arms/trials") == Path("tfkd_results/digits_arms/trials")
     assert experiment_place("s3://b/e") == "s3://b/e"
     assert experiment_place("") == Path() and experiment_place("../e") == Path("../e")
+    begun(here / "tfkd_results/photos", 60)
+    for folder in (
+        "photos/cat",
+        "notes",
+    ):  # images that the sweep `photos` learns, and no experiment
+        (here / folder).mkdir(parents=True)
+    assert experiment_place("photos") == Path("tfkd_results/photos")
+    assert sweep_or_arms("photos") == "tfkd_results/photos"
+    assert experiment_place("notes") == Path("notes") and sweep_or_arms("notes") == "notes"
     assert sweep_or_arms("digits_arms") == "digits_arms"
     assert sweep_or_arms("@last") == "tfkd_results/e"
 

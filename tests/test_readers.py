@@ -621,6 +621,16 @@ def test_logs_are_the_epochs_and_how_it_ended(sweep: Path) -> None:
             "epoch " in x for x in lines
         )
         assert lines[-4:] == ["failed: Diverged: train_loss is nan", "Traceback (most recent call last):", "  ...", "Diverged: train_loss is nan"]  # fmt: skip
+    records = read_records(sweep)
+    early = next(r for r in records if r.status == "stopped" and r.reason is None)
+    epoch = len(early.metrics)
+    there = [r for r in records if r.objective == early.objective and len(r.metrics) >= epoch]
+    values = sorted((r.metrics[epoch - 1]["val_accuracy"] for r in there), reverse=True)
+    place = 1 + values.index(early.metrics[-1]["val_accuracy"])
+    assert list(logs(sweep, early.name))[-1] == (
+        f"stopped: early, after epoch {epoch}; its val_accuracy there is number {place} of the {len(there)} trials of "
+        f"{early.objective} that reached it"
+    )
     with pytest.raises(ConfigError, match="no trial 't0039-cf'; did you mean 't0039-ce'"):
         logs(sweep, "t0039-cf")
     with pytest.raises(ConfigError, match="'t003' is the beginning of 10 trials"):

@@ -83,20 +83,29 @@ NEWEST = "@last"
 
 
 def experiment_place(text: str) -> "Path | str":
-    """Return the place of an experiment: a directory or a URL, a name in ./tfkd_results, or @last."""
+    """Return the place of an experiment: a directory or a URL, a name in ./tfkd_results, or @last.
+
+    A directory that is no experiment, such as a folder of images, does not hide one of its name.
+    """
     if text == NEWEST and not os.path.lexists(text):
         return newest_experiment()
-    if not text or "://" in text or os.path.lexists(text) or ".." in Path(text).parts:
+    if not text or "://" in text or ".." in Path(text).parts:
         return place_or_url(text)
-    named = DEFAULT_STORAGE / text
-    return named if os.path.lexists(named) else Path(text)
+    here, named = Path(text), DEFAULT_STORAGE / text
+    if os.path.lexists(here) and (_is_experiment(here) or not _is_experiment(named)):
+        return here
+    return named if os.path.lexists(named) else here
+
+
+def _is_experiment(place: Path) -> bool:
+    return any(os.path.lexists(place / file) for file in ("experiment.yaml", "confirm.yaml"))
 
 
 def sweep_or_arms(text: str) -> str:
     """Return what `tfkd confirm` names: a path, a URL, a shipped arms file, or an experiment's name."""
     from tfkd_ray.settings.yaml import find_file
 
-    if "://" in text or os.path.lexists(text) or find_file(text, "search_spaces").is_file():
+    if "://" in text or find_file(text, "search_spaces").is_file():
         return text
     return str(experiment_place(text))
 

@@ -76,18 +76,17 @@ class Sweep:
         """Return (epoch, value in the unit that is shown) at which a trial is drawn.
 
         Of a trial of full length the last epoch, of others the last rung that they reached; NaN
-        before the first. One that was stopped between rungs has the value of its last epoch. A
-        finalist has the mean over its further seeds.
+        before the first. One that `tfkd stop` or a budget ended has the value of its last epoch,
+        as has one that was stopped before the first rung. A finalist has the mean over its further
+        seeds.
         """
         epoch = int(record.last.get("epoch", 0))
         if record.status == "done":
             return epoch, self.value(record.judged)
         rungs = [rung for rung in self.space.rungs if rung <= epoch]
-        if rungs:
-            epoch = rungs[-1]
-        elif record.status != "stopped":
-            return epoch, math.nan
-        return epoch, self.value_at(record, epoch)
+        if record.status == "stopped" and (record.reason or not rungs):
+            return epoch, self.value_at(record, epoch)
+        return (rungs[-1], self.value_at(record, rungs[-1])) if rungs else (epoch, math.nan)
 
     def value_at(self, record: Record, epoch: int) -> float:
         """Return a trial's value after an epoch in the unit that is shown; NaN if it has none."""

@@ -316,7 +316,8 @@ def _not_a_verdict(sweep: Sweep) -> str:
         )
         if not is_feasible(sweep.limits, first.judged):
             shared += " No trial of full length meets them; this is the best of the others."
-    if found := doubts(sweep.records, sweep.metric, sweep.limits):
+    runs = any(record.status == "running" for record in sweep.all)  # its baselines may come yet
+    if not runs and (found := doubts(sweep.records, sweep.metric, sweep.limits)):
         shared += f" Baselines {doubted(found)}; tfkd confirm tunes them first."
     return (
         f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} This is not a "
@@ -367,7 +368,8 @@ def _trials_table(several: Sequence[NamedSweep]) -> str:
     scrolls = "" if short else f" The table of {len(rows):,} trials scrolls."
     return (
         f"<p>The value is the {escaped(score_of(sweep.metric).title)} after a trial's last epoch. A trial that was "
-        f"stopped early has a circle, and its value at its last rung.{further}{scrolls} Click on a trial here, or on a point or line below, to mark "
+        f"stopped early has a circle, and its value at its last rung.{further}{scrolls} Click on a trial here, "
+        "or on a point or line below, to mark "
         "it in all views.</p>\n"
         '<div class="controls" hidden><input id="filter" type="search" aria-label="filter" '
         'placeholder="filter: words, or lr&lt;0.1 status=done">'
@@ -587,15 +589,19 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
 
     judged = read_judged(directory)
     if judged is None:
-        s = status(directory)["trials"]
+        found = status(directory)
+        s = found["trials"]
         text = (
             f"{s['done']} of {s['planned']} runs are trained. The test split has not been opened."
         )
+        then = f"Resume it with: tfkd resume {shlex.quote(directory.name)}"
+        if found["state"] == "running":
+            then = "It is running, and opens the test split once all runs have ended."
         return [
             box_html(
                 "open",
                 "Not judged yet",
-                f"{text} Resume it with: tfkd resume {shlex.quote(directory.name)}",
+                f"{text} {then}",
             )
         ]
     boxes: list[str | Figure] = []

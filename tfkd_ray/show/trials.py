@@ -42,6 +42,7 @@ from tfkd_ray.store.experiment import (
     read_metrics,
     trial_folders,
 )
+from tfkd_ray.verdict.scores import sign
 
 MOST_TRACE_BYTES = 2**18
 """Most bytes that `logs` shows of a traceback, which usually has some thousands."""
@@ -370,6 +371,31 @@ def _logs_of_row(experiment: Path, row: str, follow: bool, width: int | None) ->
             yield f"  {line}"
 
 
+COMPARED = 2000
+"""Most trials of a sweep whose epochs are read to say why one of them was stopped."""
+
+
+def _place_at_the_end(experiment: Path, record: Record) -> str:
+    """Return the place of a trial that was stopped early, among those that reached its last epoch."""
+    plan = read_plan(experiment)
+    metric, epoch = plan.metric, len(read_metrics(record.folder))
+    briefs = read_lasts(experiment)
+    if metric is None or not epoch or len(briefs) > COMPARED:
+        return ""
+    values: dict[str, float] = {}
+    for other in briefs:
+        metrics = read_metrics(other.folder) if plan.row(other) == plan.row(record) else []
+        if len(metrics) >= epoch and metric in metrics[epoch - 1]:
+            values[other.name] = sign(metric) * metrics[epoch - 1][metric]
+    if record.name not in values:
+        return ""
+    place = 1 + sum(value > values[record.name] for value in values.values())
+    return (
+        f"early, after epoch {epoch}; its {metric} there is number {place} of the {len(values)} trials of "
+        f"{plan.row(record)} that reached it"
+    )
+
+
 def folder_of_trial(experiment: Path, trial: str, others: Sequence[str] = ()) -> Path:
     """Return the folder of the trial that a user names: by name, its unique beginning, or number.
 
@@ -446,7 +472,8 @@ def _log_lines(
         yield f"({left_out} more values of each epoch do not fit; | cat shows them)"
     if record is not None:
         state = "interrupted" if record.status == "running" and not alive else record.status
-        yield f"{state}: {record.reason[:MOST_TRACE_BYTES]}" if record.reason else state
+        why = record.reason or (_place_at_the_end(experiment, record) if state == "stopped" else "")
+        yield f"{state}: {why[:MOST_TRACE_BYTES]}" if why else state
         if record.reason is not None and len(record.reason) > MOST_TRACE_BYTES:
             yield f"(the first {MOST_TRACE_BYTES} characters of its reason; the rest is in {folder / 'trial.json'})"
         error = folder / "error.txt"
