@@ -298,12 +298,13 @@ def _usual(rows: Sequence[Row], plan: ExperimentPlan, width: int | None) -> list
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
-        reason = first_line(row["reason"]) if row.get("reason") else parameters
+        failed = row["status"] == "failed" and row.get("reason")
+        last = first_line(row["reason"]) if failed else parameters
         trial = on_one_line(cut_short(row["trial"]))
         before = f"{on_one_line(row['experiment'])}\t" if several else ""
         value += f"\t{_mean_cell(row)}" if finalists else ""
         lines.append(f"{before}{trial}\t{row['status']}\t{row['epoch']}\t{value}")
-        settings.append(on_one_line(reason))
+        settings.append(on_one_line(last))
     return _with_last_column(in_columns(lines, width), settings, width)
 
 
