@@ -368,7 +368,8 @@ def _logs_of_row(experiment: Path, row: str, follow: bool, width: int | None) ->
     for number, record in enumerate(records):
         yield from ["", record.name] if number else [record.name]
         room = None if width is None else width - 2
-        for line in _log_lines(experiment, record.folder, False, 0, room):
+        # each place takes the epochs of all trials: of one trial alone
+        for line in _log_lines(experiment, record.folder, False, 0, room, placed=False):
             yield f"  {line}"
 
 
@@ -449,7 +450,13 @@ def _values_that_fit(names: Sequence[str], first: str | None, width: int | None)
 
 
 def _log_lines(
-    experiment: Path, folder: Path, follow: bool, every_s: float, width: int | None
+    experiment: Path,
+    folder: Path,
+    follow: bool,
+    every_s: float,
+    width: int | None,
+    *,
+    placed: bool = True,
 ) -> Sentences:
     shown, metric, left_out = 0, read_plan(experiment).metric, 0
     while True:
@@ -473,7 +480,9 @@ def _log_lines(
         yield f"({left_out} more values of each epoch do not fit; | cat shows them)"
     if record is not None:
         state = "interrupted" if record.status == "running" and not alive else record.status
-        why = record.reason or (_place_at_the_end(experiment, record) if state == "stopped" else "")
+        why = record.reason
+        if placed and state == "stopped" and not why:
+            why = _place_at_the_end(experiment, record)
         yield f"{state}: {why[:MOST_TRACE_BYTES]}" if why else state
         if record.reason is not None and len(record.reason) > MOST_TRACE_BYTES:
             yield f"(the first {MOST_TRACE_BYTES} characters of its reason; the rest is in {folder / 'trial.json'})"
